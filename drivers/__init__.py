@@ -1,0 +1,1 @@
+"""Cameras: each driver turns one kind of hardware into the same `Frame`."""

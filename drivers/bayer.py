@@ -1,0 +1,25 @@
+"""Turn a colour picture into the raw mosaic that a Bayer sensor would have delivered."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drivers.frame import BayerPattern
+
+
+def mosaic(rgb: NDArray[np.uint8] | NDArray[np.uint16], pattern: BayerPattern) -> NDArray[np.generic]:
+    """Sample each pixel's own colour from an RGB picture.
+
+    Args:
+        rgb: (height, width, 3), channels in the order R, G, B.
+        pattern: colours of the top-left 2×2 pixels, row by row.
+
+    Returns:
+        (height, width), same type.
+    """
+    raw = np.empty(rgb.shape[:2], rgb.dtype)
+    for index, colour in enumerate(pattern):
+        row, column = divmod(index, 2)
+        raw[row::2, column::2] = rgb[row::2, column::2, "RGB".index(colour)]
+    return raw

@@ -1,0 +1,72 @@
+"""What every driver promises, and how it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from drivers.frame import Frame, PixelFormat
+
+
+class CameraError(Exception):
+    """The camera cannot be used as configured; trying again may help, the message says what to do."""
+
+
+class CameraLost(CameraError):
+    """The camera went away or must be reopened."""
+
+
+class EndOfStream(Exception):  # noqa: N818 - the normal end of a finite source, not an error
+    """The source has delivered its last frame."""
+
+
+class DriverMissing(Exception):  # noqa: N818 - named for what is missing
+    """The driver's library is not installed; the message names the extra to install."""
+
+
+class Options(BaseModel):
+    """Base of every driver's options: unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class CameraInfo:
+    """What an open camera says of itself."""
+
+    source: str
+    """Serial number, or the folder or file."""
+    model: str
+    """Make and model, or the kind of source."""
+    width: int | None = None
+    """Pixels; None where frames vary in size."""
+    height: int | None = None
+    """Pixels; None where frames vary in size."""
+    pixel_format: PixelFormat | None = None
+    """None where frames vary in format."""
+
+
+class Camera(Protocol):
+    """One camera or one simulated source. Used by a single thread; reopened after `close`."""
+
+    live: ClassVar[bool]
+    """True where frames come on their own time, so that a slow consumer would lose them."""
+
+    def open(self) -> CameraInfo:
+        """Connect and start acquisition. Raises CameraError or DriverMissing."""
+        ...
+
+    def grab(self, timeout_s: float) -> list[Frame]:
+        """Wait up to `timeout_s` for the next frames, in the order of their exposure.
+
+        Returns an empty list when nothing came, one frame as a rule, and more where the camera's
+        counter shows that frames were lost before this one. Images stay valid until the next call.
+        Raises CameraLost when the camera must be reopened and EndOfStream after the last frame.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop acquisition and disconnect; harmless when already closed."""
+        ...

@@ -1,0 +1,34 @@
+"""The drivers by their names in the configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from drivers.camera import Camera
+from drivers.pylon import PylonCamera, PylonOptions
+from drivers.replay import ReplayCamera, ReplayOptions
+from drivers.synthetic import SyntheticCamera, SyntheticOptions
+
+CameraOptions = Annotated[
+    SyntheticOptions | ReplayOptions | PylonOptions,
+    Field(discriminator="driver"),
+]
+
+DRIVERS: dict[str, type[SyntheticOptions] | type[ReplayOptions] | type[PylonOptions]] = {
+    "synthetic": SyntheticOptions,
+    "replay": ReplayOptions,
+    "pylon": PylonOptions,
+}
+
+
+def make_camera(options: SyntheticOptions | ReplayOptions | PylonOptions) -> Camera:
+    """Make the camera that the options describe; it is opened later, by its own thread."""
+    match options:
+        case SyntheticOptions():
+            return SyntheticCamera(options)
+        case ReplayOptions():
+            return ReplayCamera(options)
+        case PylonOptions():
+            return PylonCamera(options)

@@ -1,0 +1,361 @@
+"""Basler cameras through pypylon, and the SDK's own emulated ones."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from drivers.camera import CameraError, CameraInfo, CameraLost, DriverMissing, EndOfStream, Options
+from drivers.counter import INVALID_ID, BlockIdCounter
+from drivers.frame import Frame, FrameStatus, PixelFormat
+from drivers.pacing import Pacer
+
+_SILENCE_BEFORE_PROBE_S = 2.0
+_FAILED_GRABS_BEFORE_REOPEN = 10
+_TRIGGER_READY_TIMEOUT_MS = 500
+_BUFFERS = 8
+"""Transport buffers that pylon fills while our thread copies; the station's ring is the queue."""
+
+
+class PylonOptions(Options):
+    """Options of the `pylon` driver; what is not set stays as the camera has it."""
+
+    driver: Literal["pylon"]
+    serial: str | None = None
+    user_name: str | None = None
+    ip: str | None = None
+    pixel_format: PixelFormat | None = None
+    exposure_us: float | None = Field(default=None, gt=0)
+    gain: float | None = Field(default=None, description="in the camera's own unit (dB or raw)")
+    width: int | None = Field(default=None, ge=1)
+    height: int | None = Field(default=None, ge=1)
+    offset_x: int | None = Field(default=None, ge=0)
+    offset_y: int | None = Field(default=None, ge=0)
+    rate_fps: float | None = Field(default=None, gt=0, description="the camera's own rate in free run")
+    trigger: Literal["free_run", "software", "hardware"] = "free_run"
+    trigger_rate_hz: float | None = Field(
+        default=None, gt=0, description="software triggers a second; None: as soon as the camera is ready"
+    )
+    trigger_line: str = "Line1"
+    trigger_activation: Literal["RisingEdge", "FallingEdge"] = "RisingEdge"
+    trigger_timeout_ms: int = Field(default=1000, ge=1, description="a software trigger without a frame")
+    frames: int | None = Field(default=None, ge=1, description="stop after so many; None: never")
+    features: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="further GenICam features by name, written in this order"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        chosen = [name for name in ("serial", "user_name", "ip") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"choose the camera by one of serial, user_name or ip, not {' and '.join(chosen)}")
+        if self.trigger_rate_hz is not None and self.trigger != "software":
+            raise ValueError("trigger_rate_hz needs trigger: software")
+        if self.rate_fps is not None and self.trigger != "free_run":
+            raise ValueError("rate_fps is for trigger: free_run; a triggered camera follows its triggers")
+        return self
+
+
+def import_pylon() -> Any:
+    """Import pypylon's `pylon` module. Raises DriverMissing with the extra to install."""
+    try:
+        from pypylon import pylon
+    except ImportError as error:
+        raise DriverMissing(
+            f"the pylon driver needs pypylon ({error}): pip install 'inspectord[pylon]'"
+        ) from error
+    return pylon
+
+
+class PylonCamera:
+    """One Basler camera, grabbed OneByOne so that pylon itself never skips a frame."""
+
+    live: ClassVar[bool] = True
+
+    def __init__(self, options: PylonOptions) -> None:
+        self._pylon = import_pylon()
+        from pypylon import genicam
+
+        self._genicam = genicam
+        self._options = options
+        self._pacer = Pacer(options.trigger_rate_hz)
+        self._camera: Any = None
+        self._source = ""
+        self._pixel_format = PixelFormat.MONO8
+        self._ids = BlockIdCounter()
+        self._failed_in_a_row = 0
+        self._heard_s = 0.0
+        self._count = 0
+        self._lost_because: str | None = None
+        self._held: Any = None
+        self.late_frames = 0
+        """Frames that came after their trigger had been reported as timed out."""
+
+    def open(self) -> CameraInfo:
+        """Find, open and configure the camera, then start grabbing."""
+        try:
+            return self._open()
+        except self._genicam.GenericException as error:
+            self.close()
+            raise CameraError(_first_line(error)) from error
+
+    def _open(self) -> CameraInfo:
+        pylon, options = self._pylon, self._options
+        self._camera = camera = pylon.InstantCamera(pylon.TlFactory.GetInstance().CreateDevice(self._find()))
+        camera.Open()
+        self._write_features()
+        # Read back: a camera may round what it was given.
+        name = _GENICAM_ALIASES.get(camera.PixelFormat.Value, camera.PixelFormat.Value)
+        try:
+            self._pixel_format = PixelFormat(name)
+        except ValueError:
+            raise CameraError(
+                f"the camera delivers {name}; set pixel_format to one of "
+                + ", ".join(f.value for f in PixelFormat if _genicam_name(camera, f) is not None)
+            ) from None
+        info = camera.GetDeviceInfo()
+        self._source = info.GetSerialNumber()
+        self._ids = self._make_counter(info.GetDeviceClass())
+        self._failed_in_a_row, self._lost_because = 0, None
+        self._heard_s = time.monotonic()
+        camera.MaxNumBuffer = _BUFFERS
+        camera.StartGrabbing(pylon.GrabStrategy_OneByOne)
+        return CameraInfo(
+            self._source,
+            f"{info.GetVendorName()} {info.GetModelName()} ({info.GetDeviceClass()}), trigger {options.trigger}",
+            camera.Width.Value,
+            camera.Height.Value,
+            self._pixel_format,
+        )
+
+    def _find(self) -> Any:
+        options = self._options
+        devices = self._pylon.TlFactory.GetInstance().EnumerateDevices()
+        wanted = {
+            "serial": (options.serial, lambda d: d.GetSerialNumber()),
+            "user_name": (options.user_name, lambda d: d.GetUserDefinedName()),
+            "ip": (options.ip, lambda d: d.GetIpAddress() if d.IsIpAddressAvailable() else ""),
+        }
+        found = ", ".join(f"{d.GetModelName()} {d.GetSerialNumber()}" for d in devices) or "none"
+        for name, (value, read) in wanted.items():
+            if value is not None:
+                for device in devices:
+                    if read(device) == value:
+                        return device
+                raise CameraError(f"no camera with {name} {value!r}; connected: {found}")
+        if not devices:
+            raise CameraError("no Basler camera found; check cable, power and network adapter")
+        if len(devices) > 1:
+            raise CameraError(f"several cameras are connected; choose one by serial, of: {found}")
+        return devices[0]
+
+    def _write_features(self) -> None:
+        options, camera = self._options, self._camera
+        if options.pixel_format is not None:
+            name = _genicam_name(camera, options.pixel_format)
+            if name is None:
+                offered = ", ".join(f.value for f in PixelFormat if _genicam_name(camera, f) is not None)
+                raise CameraError(f"the camera has no {options.pixel_format.value}; it offers {offered}")
+            camera.PixelFormat.Value = name
+        # An offset is limited by the present width, so offsets go to zero before sizes grow.
+        if any(v is not None for v in (options.width, options.height, options.offset_x, options.offset_y)):
+            self._write("offset_x", 0, "OffsetX")
+            self._write("offset_y", 0, "OffsetY")
+        self._write("width", options.width, "Width")
+        self._write("height", options.height, "Height")
+        self._write("offset_x", options.offset_x, "OffsetX")
+        self._write("offset_y", options.offset_y, "OffsetY")
+        self._write("exposure_us", options.exposure_us, "ExposureTime", "ExposureTimeAbs")
+        self._write("gain", options.gain, "Gain", "GainRaw")
+        if options.rate_fps is not None:
+            self._write("rate_fps", True, "AcquisitionFrameRateEnable")
+            self._write("rate_fps", options.rate_fps, "AcquisitionFrameRate", "AcquisitionFrameRateAbs")
+        camera.AcquisitionMode.Value = "Continuous"
+        camera.TriggerSelector.Value = "FrameStart"
+        if options.trigger == "free_run":
+            camera.TriggerMode.Value = "Off"
+        else:
+            camera.TriggerSource.Value = "Software" if options.trigger == "software" else options.trigger_line
+            if options.trigger == "hardware":
+                camera.TriggerActivation.Value = options.trigger_activation
+            camera.TriggerMode.Value = "On"
+        for name, value in options.features.items():
+            self._write(f"features.{name}", value, name)
+
+    def _write(self, option: str, value: bool | int | float | str | None, *nodes: str) -> None:
+        """Write the first of several nodes that the camera has (SFNC name first, then the older one)."""
+        if value is None:
+            return
+        node_map = self._camera.GetNodeMap()
+        for name in nodes:
+            node = node_map.GetNode(name)
+            if node is None or not self._genicam.IsImplemented(node):
+                continue
+            try:
+                if isinstance(node, self._genicam.ICommand):
+                    node.Execute()
+                elif isinstance(node, self._genicam.IInteger):
+                    node.SetValue(int(value))
+                elif isinstance(node, self._genicam.IFloat):
+                    node.SetValue(float(value))
+                elif isinstance(node, self._genicam.IBoolean):
+                    node.SetValue(bool(value))
+                else:
+                    node.FromString(str(value))
+            except self._genicam.GenericException as error:
+                raise CameraError(f"{option}: {value!r} was refused by {name}: {_first_line(error)}") from error
+            return
+        raise CameraError(f"{option}: this camera has no feature {' or '.join(nodes)}")
+
+    def _make_counter(self, device_class: str) -> BlockIdCounter:
+        if device_class != "BaslerGigE":
+            return BlockIdCounter.usb()
+        node = self._camera.GetNodeMap().GetNode("GevGVSPExtendedIDMode")
+        extended = node is not None and self._genicam.IsReadable(node) and node.ToString() == "On"
+        return BlockIdCounter.gige_extended() if extended else BlockIdCounter.gige()
+
+    def grab(self, timeout_s: float) -> list[Frame]:
+        """Wait for the next frame; with software triggers, fire one and wait for its frame."""
+        if self._camera is None or self._lost_because:
+            raise CameraLost(self._lost_because or "the camera is not open")
+        if self._options.frames is not None and self._count >= self._options.frames:
+            raise EndOfStream
+        self._release()
+        try:
+            frames = self._trigger_and_grab(timeout_s) if self._software else self._retrieve(timeout_s)
+        except self._genicam.GenericException as error:
+            raise CameraLost(_first_line(error)) from error
+        self._count += len(frames)
+        return frames
+
+    @property
+    def _software(self) -> bool:
+        return self._options.trigger == "software"
+
+    def _trigger_and_grab(self, timeout_s: float) -> list[Frame]:
+        """Fire one trigger and return its frame, or the report that it brought none.
+
+        Triggers sent before the camera is ready collapse into one, so each waits for its predecessor.
+        """
+        if not self._pacer.wait(timeout_s):
+            return []
+        if not self._camera.WaitForFrameTriggerReady(
+            _TRIGGER_READY_TIMEOUT_MS, self._pylon.TimeoutHandling_Return
+        ):
+            self._probe()
+            return []
+        self._drop_late_frames()
+        triggered_ns = time.monotonic_ns()
+        try:
+            self._camera.ExecuteSoftwareTrigger()
+            frames = self._retrieve(self._options.trigger_timeout_ms / 1000)
+        except self._genicam.GenericException as error:
+            # The trigger went out: it gets its report now, the reopening comes with the next grab.
+            self._lost_because = _first_line(error)
+            return [self._report(FrameStatus.CAMERA, self._lost_because)]
+        if not frames:
+            waited = f"no frame within {self._options.trigger_timeout_ms} ms of the trigger"
+            return [self._report(FrameStatus.TIMEOUT, waited)]
+        frames[-1].arrived_ns = triggered_ns
+        return frames
+
+    def _drop_late_frames(self) -> None:
+        """Discard frames of triggers that were already reported as timed out: never a second verdict."""
+        while (late := self._camera.RetrieveResult(0, self._pylon.TimeoutHandling_Return)).IsValid():
+            self.late_frames += 1
+            self._ids.missing_before(int(late.BlockID))
+            late.Release()
+
+    def _retrieve(self, timeout_s: float) -> list[Frame]:
+        result = self._camera.RetrieveResult(max(1, int(timeout_s * 1000)), self._pylon.TimeoutHandling_Return)
+        if result is None or not result.IsValid():
+            if time.monotonic() - self._heard_s > _SILENCE_BEFORE_PROBE_S:
+                self._probe()
+            return []
+        arrived_ns = time.monotonic_ns()
+        self._heard_s = time.monotonic()
+        self._held = result
+        block_id = int(result.BlockID)
+        device_id = None if block_id == INVALID_ID else block_id
+        frames = [
+            self._report(FrameStatus.LOST, f"the camera's block id jumped to {block_id}")
+            for _ in range(self._ids.missing_before(block_id))
+        ]
+        if not result.GrabSucceeded():
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= _FAILED_GRABS_BEFORE_REOPEN:
+                self._lost_because = f"{self._failed_in_a_row} grabs failed in a row"
+            failure = f"{result.GetErrorDescription()} (0x{result.GetErrorCode() & 0xFFFFFFFF:08x})"
+            frames.append(self._report(FrameStatus.INCOMPLETE, failure, device_id))
+            return frames
+        self._failed_in_a_row = 0
+        shape = (result.Height, result.Width) + ((3,) if self._pixel_format.channels == 3 else ())
+        # A view without a copy: `_held` keeps pylon from reusing the buffer until the next grab.
+        samples = np.frombuffer(result.GetMemoryView(), self._pixel_format.dtype)
+        if samples.size != np.prod(shape):
+            problem = f"{samples.size} samples do not fill {shape} {self._pixel_format.value}"
+            frames.append(self._report(FrameStatus.INCOMPLETE, problem, device_id))
+            return frames
+        frames.append(
+            Frame(
+                FrameStatus.COMPLETE,
+                self._source,
+                image=samples.reshape(shape),
+                pixel_format=self._pixel_format,
+                device_id=device_id,
+                device_timestamp_ns=int(result.TimeStamp) or None,
+                arrived_ns=arrived_ns,
+            )
+        )
+        return frames
+
+    def _report(self, status: FrameStatus, detail: str, device_id: int | None = None) -> Frame:
+        return Frame(status, self._source, device_id=device_id, detail=detail)
+
+    def _probe(self) -> None:
+        """Ask a silent camera whether it is still there; the removal callback is sometimes missed."""
+        self._heard_s = time.monotonic()
+        if self._camera.IsCameraDeviceRemoved() or not self._camera.IsGrabbing():
+            raise CameraLost("the camera was removed or stopped grabbing")
+        self._camera.Width.GetValue(True)  # verify: reads the device, not the cache
+
+    def _release(self) -> None:
+        if self._held is not None:
+            held, self._held = self._held, None
+            held.Release()
+
+    def close(self) -> None:
+        """Stop grabbing and close the device, whatever state it is in."""
+        camera, self._camera = self._camera, None
+        if camera is None:
+            return
+        for step in (self._release, camera.StopGrabbing, camera.Close, camera.DestroyDevice):
+            with self._ignoring_a_dead_device():
+                step()
+
+    @contextlib.contextmanager
+    def _ignoring_a_dead_device(self) -> Iterator[None]:
+        """A device that is gone refuses each step of its own closing; the next steps still matter."""
+        with contextlib.suppress(self._genicam.GenericException):
+            yield
+
+
+_GENICAM_ALIASES = {"BGR8Packed": "BGR8", "RGB8Packed": "RGB8"}
+"""Names from before PFNC 1.1, which older cameras and the emulator use."""
+
+
+def _genicam_name(camera: Any, pixel_format: PixelFormat) -> str | None:
+    """Return the camera's own name for a pixel format, None where it does not offer it."""
+    for name in camera.PixelFormat.Symbolics:
+        if _GENICAM_ALIASES.get(name, name) == pixel_format.value:
+            return str(name)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,204 @@
+"""Images from a folder, a glob or a video file, played as if a camera had taken them."""
+
+from __future__ import annotations
+
+import glob
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import cv2
+import numpy as np
+from natsort import natsorted, ns
+from pydantic import Field, field_validator
+
+from drivers.camera import CameraError, CameraInfo, EndOfStream, Options
+from drivers.frame import Frame, FrameStatus, Image, PixelFormat
+from drivers.pacing import Pacer
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".webm"})
+
+
+class ReplayOptions(Options):
+    """Options of the `replay` driver."""
+
+    driver: Literal["replay"]
+    path: str = Field(description="a folder (searched recursively), a glob, an image or a video file")
+    rate_fps: float | None = Field(default=None, gt=0, description="None: as fast as they are taken")
+    loop: bool = False
+    frames: int | None = Field(default=None, ge=1, description="stop after so many; None: at the end")
+    pixel_format: PixelFormat | None = Field(
+        default=None,
+        description="what the files hold where their own type does not say it (Mono12 in 16-bit files, Bayer)",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _path_exists(cls, path: str) -> str:
+        if not Path(path).exists() and not glob.glob(path, recursive=True):
+            raise ValueError(f"nothing there: {Path(path).absolute()}")
+        return path
+
+
+def list_images(path: str | Path) -> list[tuple[str, Path]]:
+    """List image files in natural order (img2 before img10).
+
+    Args:
+        path: a folder (recursive), a single file, or a glob pattern.
+
+    Returns:
+        Pairs of the name relative to the folder (POSIX style) and the path.
+    """
+    root = Path(path)
+    if root.is_dir():
+        found = [
+            (file.relative_to(root).as_posix(), file)
+            for file in root.rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        ]
+    elif root.is_file():
+        found = [(root.name, root)]
+    else:
+        found = [
+            (match, Path(match))
+            for match in glob.glob(str(path), recursive=True)
+            if Path(match).suffix.lower() in IMAGE_SUFFIXES and Path(match).is_file()
+        ]
+    return natsorted(found, key=lambda pair: pair[0], alg=ns.PATH)
+
+
+def decode_image(path: Path) -> Image:
+    """Decode an image file, 8 or 16 bits, grey (height, width) or colour (height, width, 3) as BGR.
+
+    Raises OSError when the file cannot be read and ValueError when it is no complete image.
+    """
+    data = np.fromfile(path, np.uint8)
+    if data.size == 0:
+        raise ValueError("the file is empty")
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
+    except cv2.error as error:
+        raise ValueError(str(error).strip()) from error
+    if image is None:
+        raise ValueError("not a complete image in a format that OpenCV reads")
+    if image.dtype == np.uint8:
+        return image.astype(np.uint8, copy=False)
+    if image.dtype == np.uint16:
+        if image.ndim == 2:
+            return image.astype(np.uint16, copy=False)
+        raise ValueError("colour images with 16 bits a channel are not supported; convert them to 8 bits")
+    raise ValueError(f"samples of type {image.dtype} are not supported; convert to 8 or 16 bits")
+
+
+def format_of(image: Image, declared: PixelFormat | None = None) -> PixelFormat:
+    """Name the pixel format of a decoded file. Raises ValueError where it contradicts the declared one."""
+    if declared is None:
+        if image.ndim == 3:
+            return PixelFormat.BGR8
+        return PixelFormat.MONO8 if image.dtype == np.uint8 else PixelFormat.MONO16
+    if not declared.fits(image):
+        raise ValueError(f"holds {image.shape} {image.dtype}, which is not {declared.value}")
+    return declared
+
+
+class ReplayCamera:
+    """The camera over files; it waits for its reader, so nothing is ever dropped."""
+
+    live: ClassVar[bool] = False
+
+    def __init__(self, options: ReplayOptions) -> None:
+        self._options = options
+        self._pacer = Pacer(options.rate_fps)
+        self._frames: Iterator[Frame] | None = None
+        self._count = 0
+
+    def open(self) -> CameraInfo:
+        """List the files; a reopened replay goes on where it was."""
+        path = Path(self._options.path)
+        if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+            probe = cv2.VideoCapture(str(path))
+            opened = probe.isOpened()
+            probe.release()
+            if not opened:
+                raise CameraError(f"{path.absolute()}: OpenCV cannot open this video")
+            if self._frames is None:
+                self._frames = self._play_video(path)
+            return CameraInfo(str(path), "video file")
+        files = list_images(self._options.path)
+        if not files:
+            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+            raise CameraError(f"{path.absolute()}: no images there (looked for {suffixes})")
+        if self._frames is None:
+            self._frames = self._play_files(files)
+        return CameraInfo(str(path), f"{len(files)} image files")
+
+    def grab(self, timeout_s: float) -> list[Frame]:
+        """Read the next file when it is due; a file that cannot be read is a frame with that status."""
+        if self._frames is None:
+            raise CameraError("the replay is not open")
+        if self._options.frames is not None and self._count >= self._options.frames:
+            raise EndOfStream
+        if not self._pacer.wait(timeout_s):
+            return []
+        try:
+            frame = next(self._frames)
+        except StopIteration:
+            raise EndOfStream from None
+        self._count += 1
+        return [frame]
+
+    def close(self) -> None:
+        """Keep the place; files need no closing."""
+
+    def _play_files(self, files: list[tuple[str, Path]]) -> Iterator[Frame]:
+        while True:
+            for index, (name, path) in enumerate(files):
+                yield self._read(index, name, path)
+            if not self._options.loop:
+                return
+
+    def _read(self, index: int, name: str, path: Path) -> Frame:
+        arrived_ns = time.monotonic_ns()
+        try:
+            image = decode_image(path)
+            pixel_format = format_of(image, self._options.pixel_format)
+        except (OSError, ValueError) as error:
+            return Frame(
+                FrameStatus.UNREADABLE, name, device_id=index, detail=str(error), arrived_ns=arrived_ns
+            )
+        return Frame(
+            FrameStatus.COMPLETE,
+            name,
+            image=image,
+            pixel_format=pixel_format,
+            device_id=index,
+            arrived_ns=arrived_ns,
+        )
+
+    def _play_video(self, path: Path) -> Iterator[Frame]:
+        while True:
+            video = cv2.VideoCapture(str(path))
+            try:
+                index = 0
+                while True:
+                    arrived_ns = time.monotonic_ns()
+                    timestamp_ms = video.get(cv2.CAP_PROP_POS_MSEC)
+                    got, image = video.read()
+                    if not got:
+                        break
+                    yield Frame(
+                        FrameStatus.COMPLETE,
+                        f"{path.name}#{index}",
+                        image=image.astype(np.uint8, copy=False),
+                        pixel_format=PixelFormat.BGR8,
+                        device_id=index,
+                        device_timestamp_ns=int(timestamp_ms * 1e6),
+                        arrived_ns=arrived_ns,
+                    )
+                    index += 1
+            finally:
+                video.release()
+            if not self._options.loop or index == 0:
+                return
