@@ -1,0 +1,1 @@
+"""Everything done off the line: training, normalization, thresholds, evaluation."""

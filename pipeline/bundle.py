@@ -1,0 +1,270 @@
+"""A trained model on disk: one readable JSON file and the arrays that it names, all with checksums.
+
+A bundle is a folder with `bundle.json`, `weights.safetensors` and, where used, `dark_frame.npy`,
+`flat_field.npy` and `ignore_mask.png`. Reading one never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pipeline.geometry import Geometry
+from pipeline.networks import EfficientAD, PdnSize
+from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec
+from pipeline.scoring import QUANTILE_A, QUANTILE_B, BoolMap, FrameArea, Quantiles
+
+FORMAT = "inspectord.bundle/1"
+MANIFEST = "bundle.json"
+WEIGHTS = "weights.safetensors"
+_ARRAYS = {"dark": "dark_frame.npy", "flat": "flat_field.npy"}
+_IGNORE = "ignore_mask.png"
+
+
+class BundleError(Exception):
+    """A bundle that is missing, damaged, truncated or not ours; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything that turns a frame into a score."""
+
+    size: PdnSize
+    geometry: Geometry
+    preprocess: PreprocessSpec
+    quantiles: Quantiles
+    threshold: float
+    """A part is OK at or below it."""
+    weights: Mapping[str, Tensor] = field(repr=False)
+    """State dict of `EfficientAD`, teacher statistics included."""
+    teacher: Mapping[str, Any] = field(default_factory=dict)
+    """Where the teacher comes from, in words and numbers."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """How the threshold came about."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Steps, seed, losses, fingerprint of the images."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+    """RFC 3339, UTC."""
+    model_id: str = ""
+    """First 12 hex digits of the weights' SHA-256; filled in when written or read."""
+    calibration_id: str = ""
+    """First 12 hex digits of the SHA-256 of quantiles, threshold and preprocessing."""
+
+    def networks(self) -> EfficientAD:
+        """Build the networks with this bundle's weights, ready to infer."""
+        model = EfficientAD(self.size, self.geometry)
+        model.load_state_dict(dict(self.weights))
+        return model.eval()
+
+
+def is_bundle(folder: Path) -> bool:
+    """Tell whether a folder holds a finished bundle."""
+    return (folder / MANIFEST).is_file()
+
+
+def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
+    """Write a bundle; `bundle.json` comes last, so a folder with it is complete.
+
+    Returns the bundle with its ids. Raises OSError when the disk refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in bundle.weights.items()}
+    blobs = {WEIGHTS: save_tensors(tensors)}
+    spec = bundle.preprocess
+    for name, file in _ARRAYS.items():
+        array = getattr(spec, name)
+        if array is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, array, allow_pickle=False)
+            blobs[file] = buffer.getvalue()
+    if spec.ignore is not None:
+        blobs[_IGNORE] = cv2.imencode(".png", spec.ignore.astype(np.uint8) * 255)[1].tobytes()
+    files = {name: {"sha256": _sha256(blob), "bytes": len(blob)} for name, blob in blobs.items()}
+    preprocessing: dict[str, Any] = {
+        "width": spec.width,
+        "height": spec.height,
+        "roi": None if spec.roi is None else {n: getattr(spec.roi, n) for n in ("x", "y", "width", "height")},
+        "dark_frame": _ARRAYS["dark"] if spec.dark is not None else None,
+        "flat_field": _ARRAYS["flat"] if spec.flat is not None else None,
+        "ignore_mask": _IGNORE if spec.ignore is not None else None,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+    }
+    calibration = {
+        **bundle.calibration,
+        "quantile_levels": [QUANTILE_A, QUANTILE_B],
+        "quantiles": bundle.quantiles.to_json(),
+        "threshold": bundle.threshold,
+    }
+    basis = [calibration, preprocessing, files]
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "created": bundle.created,
+        "versions": dict(bundle.versions),
+        "model_id": files[WEIGHTS]["sha256"][:12],
+        "calibration_id": _sha256(_canonical(basis))[:12],
+        "architecture": {"name": "EfficientAD", "size": bundle.size, "geometry": bundle.geometry.to_json()},
+        "preprocessing": preprocessing,
+        "calibration": calibration,
+        "teacher": dict(bundle.teacher),
+        "training": dict(bundle.training),
+        "files": files,
+    }
+    manifest["checksum"] = _sha256(_canonical(manifest))
+    for name, blob in blobs.items():
+        write_atomically(folder / name, blob)
+    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / MANIFEST, text.encode())
+    return read_bundle(folder)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read and verify a bundle. Raises BundleError with the file and the reason."""
+    manifest_path = folder / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+    except FileNotFoundError:
+        raise BundleError(f"{manifest_path.absolute()}: no such file; is {folder} a bundle?") from None
+    except OSError as error:
+        raise BundleError(f"{manifest_path.absolute()}: {error.strerror}") from error
+    except ValueError as error:
+        raise BundleError(f"{manifest_path.absolute()}: not valid JSON, damaged or truncated: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise BundleError(f"{manifest_path.absolute()}: format is {found!r}, this version reads {FORMAT!r}")
+    checksum = manifest.pop("checksum", None)
+    if checksum != _sha256(_canonical(manifest)):
+        raise BundleError(
+            f"{manifest_path.absolute()}: checksum does not fit: damaged or edited by hand "
+            "(set `threshold` in the station's configuration instead of editing a bundle)"
+        )
+    try:
+        return _assemble(manifest, folder)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise BundleError(f"{manifest_path.absolute()}: {reason}") from error
+
+
+def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
+    blobs = {name: _read_file(folder / name, facts) for name, facts in manifest["files"].items()}
+    architecture, preprocessing = manifest["architecture"], manifest["preprocessing"]
+    if architecture["name"] != "EfficientAD" or architecture["size"] not in ("small", "medium"):
+        raise ValueError(f"architecture {architecture['name']} {architecture['size']} is not known")
+    size = cast(PdnSize, architecture["size"])
+    geometry = Geometry.from_json(architecture["geometry"])
+    if (preprocessing["mean"], preprocessing["std"]) != (list(IMAGENET_MEAN), list(IMAGENET_STD)):
+        raise ValueError("preprocessing normalises by other constants than ImageNet's")
+    roi = preprocessing["roi"]
+    spec = PreprocessSpec(
+        width=geometry.image_width,
+        height=geometry.image_height,
+        roi=None if roi is None else FrameArea(**roi),
+        dark=_read_array(blobs, preprocessing["dark_frame"]),
+        flat=_read_array(blobs, preprocessing["flat_field"]),
+        ignore=_read_mask(blobs, preprocessing["ignore_mask"]),
+    )
+    try:
+        weights = load_tensors(blobs[WEIGHTS])
+    except SafetensorError as error:
+        raise BundleError(f"{(folder / WEIGHTS).absolute()}: {error}") from error
+    _check_weights(weights, EfficientAD(size, geometry).state_dict(), folder / WEIGHTS)
+    calibration = dict(manifest["calibration"])
+    threshold = float(calibration["threshold"])
+    if not np.isfinite(threshold):
+        raise ValueError(f"threshold is {threshold}")
+    return Bundle(
+        size=size,
+        geometry=geometry,
+        preprocess=spec,
+        quantiles=Quantiles.from_json(calibration["quantiles"]),
+        threshold=threshold,
+        weights=weights,
+        teacher=manifest["teacher"],
+        calibration=calibration,
+        training=manifest["training"],
+        versions=manifest["versions"],
+        created=manifest["created"],
+        model_id=manifest["model_id"],
+        calibration_id=manifest["calibration_id"],
+    )
+
+
+def _check_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in wanted.items():
+        if name not in weights:
+            raise BundleError(f"{path.absolute()}: tensor {name} is missing")
+        if weights[name].shape != tensor.shape:
+            raise BundleError(
+                f"{path.absolute()}: tensor {name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            )
+        if not torch.isfinite(weights[name]).all():
+            raise BundleError(f"{path.absolute()}: tensor {name} holds values that are not finite")
+    unknown = sorted(set(weights) - set(wanted))
+    if unknown:
+        raise BundleError(f"{path.absolute()}: unknown tensors {', '.join(unknown[:5])}")
+
+
+def _read_file(path: Path, facts: dict[str, Any]) -> bytes:
+    if path.name not in {WEIGHTS, _IGNORE, *_ARRAYS.values()}:
+        raise BundleError(f"{path.parent.absolute()}: the bundle names an unknown file {path.name!r}")
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path.absolute()}: {error.strerror}") from error
+    if len(blob) != facts["bytes"]:
+        raise BundleError(f"{path.absolute()}: {len(blob)} bytes instead of {facts['bytes']}: truncated?")
+    if _sha256(blob) != facts["sha256"]:
+        raise BundleError(f"{path.absolute()}: SHA-256 does not fit bundle.json: damaged or from another bundle")
+    return blob
+
+
+def _read_array(blobs: Mapping[str, bytes], name: str | None) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+    if name is None:
+        return None
+    return np.asarray(np.load(io.BytesIO(blobs[name]), allow_pickle=False), np.float32)
+
+
+def _read_mask(blobs: Mapping[str, bytes], name: str | None) -> BoolMap | None:
+    if name is None:
+        return None
+    mask = cv2.imdecode(np.frombuffer(blobs[name], np.uint8), cv2.IMREAD_GRAYSCALE)
+    if mask is None:
+        raise ValueError(f"{name} is not a PNG")
+    return np.asarray(mask > 0)
+
+
+def write_atomically(path: Path, blob: bytes) -> None:
+    """Write a file so that after a crash either the old or the new content is there, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

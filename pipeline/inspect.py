@@ -1,0 +1,140 @@
+"""From a frame to an inspection: the one place that decides OK, NG or INVALID."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+from drivers.frame import Frame, FrameStatus
+from pipeline.bundle import Bundle
+from pipeline.engine import Engine
+from pipeline.plausible import PlausibilityCheck, PlausibleLimits
+from pipeline.preprocess import FormatMismatch
+from pipeline.scoring import FloatMap, Region, Scorer, combine_maps
+
+
+class Outcome(StrEnum):
+    """The three words of a verdict; a PLC passes a part on OK only."""
+
+    OK = "OK"
+    NG = "NG"
+    INVALID = "INVALID"
+
+
+class Reason(StrEnum):
+    """Why a part is INVALID."""
+
+    INCOMPLETE = "incomplete"
+    UNREADABLE = "unreadable"
+    LOST = "lost"
+    TIMEOUT = "timeout"
+    CAMERA = "camera"
+    OVERLOAD = "overload"
+    FORMAT = "format"
+    """Size or pixel format do not fit the bundle's region of interest, mask or correction frames."""
+    IMAGE = "image"
+    """Black, saturated or frozen."""
+    ENGINE = "engine"
+    """The engine failed, or a value was not finite."""
+    RESTART = "restart"
+    """Numbered by an earlier run of the daemon, which ended before it could judge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found on one frame."""
+
+    outcome: Outcome
+    reason: Reason | None = None
+    detail: str = ""
+    score: float | None = None
+    anomaly_map: FloatMap | None = None
+    """(map_height, map_width) float32: the grid of the networks' output, normalised, not yet padded."""
+    regions: list[Region] = field(default_factory=list)
+    preprocess_ns: int = 0
+    infer_ns: int = 0
+    error: Exception | None = None
+    """The exception behind INVALID/engine, for the log."""
+
+
+class Inspector:
+    """Judge frames in their order with one bundle on one engine. Used by a single thread."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        *,
+        limits: PlausibleLimits | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            bundle: model, quantiles, preprocessing.
+            engine: made for this bundle.
+            limits: what counts as a plausible image.
+            threshold: instead of the bundle's own.
+        """
+        self.bundle = bundle
+        self.engine = engine
+        self.threshold = bundle.threshold if threshold is None else threshold
+        self._check = PlausibilityCheck(limits or PlausibleLimits())
+        self._scorer = Scorer(bundle.geometry, bundle.preprocess.ignored_in_roi())
+
+    def inspect(self, frame: Frame) -> Inspection:
+        """Judge one frame; every failure becomes INVALID with its reason, nothing is raised.
+
+        The frame's image must stay valid until the next call (it is compared with the next frame).
+        """
+        if frame.status is not FrameStatus.COMPLETE:
+            return Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail)
+        try:
+            return self._inspect(frame)
+        except FormatMismatch as error:
+            return Inspection(Outcome.INVALID, Reason.FORMAT, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
+            return Inspection(
+                Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error
+            )
+
+    def _inspect(self, frame: Frame) -> Inspection:
+        image, fmt = frame.image, frame.pixel_format
+        if image is None or fmt is None:
+            raise ValueError("a complete frame without an image")
+        problem = self._check.problem(image, fmt)
+        if problem is not None:
+            return Inspection(Outcome.INVALID, Reason.IMAGE, problem)
+        raw = self.engine.raw_maps(image, fmt)
+        if not (np.isfinite(raw.student_teacher).all() and np.isfinite(raw.autoencoder).all()):
+            return Inspection(Outcome.INVALID, Reason.ENGINE, "the anomaly map holds values that are not finite")
+        anomaly_map = combine_maps(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
+        stretched = self._scorer.stretch(anomaly_map)
+        score = float(stretched.max())
+        outcome = judge(score, self.threshold)
+        if outcome is Outcome.INVALID:
+            return Inspection(outcome, Reason.ENGINE, f"the score is {score}, the threshold {self.threshold}")
+        area = self.bundle.preprocess.area(image.shape[1], image.shape[0])
+        regions = [] if outcome is Outcome.OK else self._scorer.regions(stretched, self.threshold, area)
+        return Inspection(
+            outcome,
+            score=score,
+            anomaly_map=anomaly_map,
+            regions=regions,
+            preprocess_ns=raw.preprocess_ns,
+            infer_ns=raw.infer_ns,
+        )
+
+    def forget_previous(self) -> None:
+        """Drop the previous frame, whose memory is about to be reused."""
+        self._check.forget()
+
+
+def judge(score: float, threshold: float) -> Outcome:
+    """OK must be proven: a finite score at or below a finite threshold. NaN is never OK and never NG."""
+    if not (math.isfinite(score) and math.isfinite(threshold)):
+        return Outcome.INVALID
+    return Outcome.OK if score <= threshold else Outcome.NG

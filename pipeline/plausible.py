@@ -1,0 +1,69 @@
+"""Is this a picture of a part at all? Black, saturated and frozen frames are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from drivers.frame import Image, PixelFormat
+
+_SAMPLE_STEP_PX = 4
+"""Levels are read from every fourth pixel of every fourth row."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlausibleLimits:
+    """Limits of a plausible frame; shares are of the pixel format's full range."""
+
+    black_below: float = 0.04
+    """A frame is black when 99.9% of its pixels are darker than this share of the range; 0: no check."""
+    saturated_above: float = 0.95
+    """A frame is saturated when more than this share of its samples is at 99.5% of the range; 1: no check."""
+    frozen_frames: int = 3
+    """A frame is frozen when it is the n-th identical one in a row; 0: no check."""
+
+
+class PlausibilityCheck:
+    """Check frames in their order. Keeps the previous image, which must stay valid until the next call."""
+
+    def __init__(self, limits: PlausibleLimits) -> None:
+        self._limits = limits
+        self._previous: Image | None = None
+        self._identical = 1
+
+    def problem(self, image: Image, fmt: PixelFormat) -> str | None:
+        """Say what is implausible about a frame, or None.
+
+        Args:
+            image: (height, width) or (height, width, 3).
+            fmt: its pixel format.
+        """
+        limits = self._limits
+        same = limits.frozen_frames > 0 and self._repeats(image)
+        self._identical = self._identical + 1 if same else 1
+        self._previous = image
+        if 0 < limits.frozen_frames <= self._identical:
+            return f"frozen: identical to the {self._identical - 1} frames before it"
+        sample = image[::_SAMPLE_STEP_PX, ::_SAMPLE_STEP_PX]
+        bright = float(np.quantile(sample, 0.999)) / fmt.max_value
+        if bright < limits.black_below:
+            return f"black: 99.9% of the pixels are below {bright:.4f} of the range"
+        if limits.saturated_above < 1:
+            saturated = float(np.mean(sample >= 0.995 * fmt.max_value))
+            if saturated > limits.saturated_above:
+                return f"saturated: {saturated:.1%} of the samples are at the end of the range"
+        return None
+
+    def forget(self) -> None:
+        """Drop the previous image; the next frame has nothing to be compared with."""
+        self._previous = None
+
+    def _repeats(self, image: Image) -> bool:
+        previous = self._previous
+        if previous is None or previous.shape != image.shape or previous.dtype != image.dtype:
+            return False
+        step = _SAMPLE_STEP_PX  # a cheap look first: real frames differ by noise everywhere
+        if not np.array_equal(previous[::step, ::step], image[::step, ::step]):
+            return False
+        return np.array_equal(previous, image)

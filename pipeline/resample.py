@@ -1,0 +1,91 @@
+"""Antialiased resizing, defined once as two tables of weights, and the same numbers through OpenCV.
+
+Along each axis an image that shrinks is averaged over the area that each output pixel covers, and one that
+grows is interpolated linearly between pixel centres. The tables are what the CUDA kernel reads and what
+the tests hold OpenCV against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+_NEGLIGIBLE_SHARE = 1e-3
+"""OpenCV leaves out source pixels of which an output pixel covers no more than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisWeights:
+    """Weights of one axis: output i is the sum over k of weights[i, k] × input[start[i] + k]."""
+
+    start: NDArray[np.int32]
+    """(outputs,)"""
+    weights: NDArray[np.float32]
+    """(outputs, taps); unused taps are 0 and may lie beyond the last input."""
+
+
+def axis_weights(inputs: int, outputs: int) -> AxisWeights:
+    """Make the table for one axis from `inputs` to `outputs` pixels."""
+    scale = inputs / outputs
+    starts: list[int] = []
+    rows: list[list[float]] = []
+    for i in range(outputs):
+        first, row = _covered(i, scale, inputs) if outputs < inputs else _between(i, scale, inputs)
+        starts.append(first)
+        rows.append(row)
+    weights = np.zeros((outputs, max(len(row) for row in rows)), np.float32)
+    for i, row in enumerate(rows):
+        weights[i, : len(row)] = row
+    return AxisWeights(np.array(starts, np.int32), weights)
+
+
+def _covered(i: int, scale: float, inputs: int) -> tuple[int, list[float]]:
+    """Return the shares of the inputs that output i covers when shrinking."""
+    low, high = i * scale, (i + 1) * scale
+    width = min(scale, inputs - low)
+    whole_first = int(np.ceil(low))
+    whole_last = min(int(np.floor(high)), inputs - 1)
+    whole_first = min(whole_first, whole_last)
+    first, row = whole_first, []
+    if whole_first - low > _NEGLIGIBLE_SHARE:
+        first = whole_first - 1
+        row.append((whole_first - low) / width)
+    row += [1.0 / width] * (whole_last - whole_first)
+    if high - whole_last > _NEGLIGIBLE_SHARE:
+        row.append(min(min(high - whole_last, 1.0), width) / width)
+    return first, row
+
+
+def _between(i: int, scale: float, inputs: int) -> tuple[int, list[float]]:
+    """Return the weights of the two neighbours of output i's centre when growing."""
+    position = (i + 0.5) * scale - 0.5
+    first = int(np.floor(position))
+    share = position - first
+    if first < 0:
+        return 0, [1.0]
+    if first >= inputs - 1:
+        return inputs - 1, [1.0]
+    return first, [1.0 - share, share]
+
+
+def resize(image: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+    """Resize (h, w) or (h, w, channels) float32 to the given size by the rule above."""
+    in_height, in_width = image.shape[:2]
+    if (in_height, in_width) == (height, width):
+        return image
+    shrinks_x, shrinks_y = in_width > width, in_height > height
+    # OpenCV averages areas only when neither axis grows: a picture that does both takes two steps.
+    if (shrinks_x or in_width == width) and (shrinks_y or in_height == height):
+        return _step(image, width, height, cv2.INTER_AREA)
+    if not shrinks_x and not shrinks_y:
+        return _step(image, width, height, cv2.INTER_LINEAR)
+    if shrinks_x:
+        return _step(_step(image, width, in_height, cv2.INTER_AREA), width, height, cv2.INTER_LINEAR)
+    return _step(_step(image, in_width, height, cv2.INTER_AREA), width, height, cv2.INTER_LINEAR)
+
+
+def _step(image: NDArray[np.float32], width: int, height: int, method: int) -> NDArray[np.float32]:
+    return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.float32)

@@ -1,0 +1,161 @@
+"""From the two raw maps to the anomaly map, the image score and the regions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.geometry import Geometry
+from pipeline.resample import resize
+
+FloatMap = NDArray[np.float32]
+BoolMap = NDArray[np.bool_]
+
+QUANTILE_A, QUANTILE_B = 0.9, 0.995
+"""The quantiles that become 0 and 0.1 (paper, section 3.4)."""
+MAX_REGIONS = 64
+"""Regions listed per part, largest first, so that a message stays small whatever the picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """The 0.9 and 0.995 quantiles of each raw map over held-out good images."""
+
+    st_a: float
+    st_b: float
+    ae_a: float
+    ae_b: float
+
+    def __post_init__(self) -> None:
+        if not all(np.isfinite(value) for value in asdict(self).values()):
+            raise ValueError("a quantile is not finite")
+        if self.st_b <= self.st_a or self.ae_b <= self.ae_a:
+            raise ValueError("the 0.995 quantile must lie above the 0.9 quantile")
+
+    def to_json(self) -> dict[str, float]:
+        """Describe the quantiles for a bundle."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError when it is not that."""
+        return cls(**{name: float(data[name]) for name in ("st_a", "st_b", "ae_a", "ae_b")})
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A connected part of the map above the threshold, in full-frame pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area_px: int
+    peak: float
+    """Largest map value inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameArea:
+    """The part of the full frame that the score grid covers, in pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+def combine_maps(raw_st: FloatMap, raw_ae: FloatMap, quantiles: Quantiles) -> FloatMap:
+    """Normalise both raw maps and average them (paper, algorithm 3).
+
+    Args:
+        raw_st: (map_height, map_width), student-teacher.
+        raw_ae: the same for autoencoder and student.
+        quantiles: the values that become 0 and 0.1.
+    """
+    q = quantiles
+    st = (raw_st - np.float32(q.st_a)) * np.float32(0.1 / (q.st_b - q.st_a))
+    ae = (raw_ae - np.float32(q.ae_a)) * np.float32(0.1 / (q.ae_b - q.ae_a))
+    return np.asarray(0.5 * st + 0.5 * ae, np.float32)
+
+
+class Scorer:
+    """Stretch a map over the score grid, leave ignored areas out, find the maximum and the regions."""
+
+    def __init__(self, geometry: Geometry, ignore: BoolMap | None = None) -> None:
+        """Prepare the masks.
+
+        Args:
+            geometry: sizes.
+            ignore: (height, width) of the region of interest in full-frame pixels, True where ignored.
+
+        Raises ValueError when nothing is left to look at.
+        """
+        self.geometry = geometry
+        self.ignored_score: BoolMap | None = None
+        """(score_height, score_width), True where ignored."""
+        self.ignored_cells: BoolMap | None = None
+        """(map_height, map_width), True where ignored."""
+        if ignore is None:
+            return
+        g, pad = geometry, geometry.padding_cells
+        share = ignore.astype(np.float32)
+        score_share = resize(share, g.score_width, g.score_height)
+        cell_share = resize(share, g.map_width + 2 * pad, g.map_height + 2 * pad)
+        self.ignored_score = score_share >= 0.5
+        self.ignored_cells = cell_share[pad : pad + g.map_height, pad : pad + g.map_width] >= 0.5
+        if self.ignored_score.all() or self.ignored_cells.all():
+            raise ValueError("the ignore mask leaves nothing to inspect")
+
+    def stretch(self, anomaly_map: FloatMap) -> FloatMap:
+        """Pad with zeros and upsample bilinearly to (score_height, score_width); ignored pixels are −inf."""
+        g, pad = self.geometry, self.geometry.padding_cells
+        if self.ignored_cells is not None:
+            anomaly_map = np.where(self.ignored_cells, np.float32(0), anomaly_map)
+        padded = np.pad(anomaly_map, pad)
+        stretched = cv2.resize(padded, (g.score_width, g.score_height), interpolation=cv2.INTER_LINEAR)
+        if self.ignored_score is not None:
+            stretched[self.ignored_score] = -np.inf
+        return np.asarray(stretched, np.float32)
+
+    def counted_values(self, raw_map: FloatMap) -> NDArray[np.float32]:
+        """Return the raw map's values outside ignored areas, flat: what quantiles are taken of."""
+        return raw_map.ravel() if self.ignored_cells is None else raw_map[~self.ignored_cells]
+
+    def regions(self, stretched: FloatMap, threshold: float, area: FrameArea) -> list[Region]:
+        """List connected areas above the threshold, largest first, at most MAX_REGIONS.
+
+        Args:
+            stretched: what `stretch` returned.
+            threshold: values above it belong to a region (8-connected).
+            area: where the score grid lies in the full frame.
+        """
+        above = (stretched > threshold).astype(np.uint8)
+        if not above.any():
+            return []
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8, ltype=cv2.CV_32S)
+        scale_x = area.width / self.geometry.score_width
+        scale_y = area.height / self.geometry.score_height
+        order = np.argsort(-stats[1:count, cv2.CC_STAT_AREA], kind="stable")[:MAX_REGIONS] + 1
+        regions = []
+        for label in order:
+            left, top, width, height, pixels = (int(v) for v in stats[label])
+            window = (slice(top, top + height), slice(left, left + width))
+            peak = float(stretched[window][labels[window] == label].max())
+            x0, x1 = round(left * scale_x), round((left + width) * scale_x)
+            y0, y1 = round(top * scale_y), round((top + height) * scale_y)
+            regions.append(
+                Region(
+                    x=area.x + x0,
+                    y=area.y + y0,
+                    width=max(1, x1 - x0),
+                    height=max(1, y1 - y0),
+                    area_px=max(1, round(pixels * scale_x * scale_y)),
+                    peak=peak,
+                )
+            )
+        return regions
