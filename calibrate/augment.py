@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,9 +55,7 @@ def natural_image(
     """
     shades = data.astype(np.float32) / 255
     shades = np.repeat(shades[..., None], 3, 2) if shades.ndim == 2 else shades[..., ::-1]
-    large = resize(
-        np.ascontiguousarray(shades), _NATURAL_ENLARGEMENT * width, _NATURAL_ENLARGEMENT * height
-    )
+    large = resize(np.ascontiguousarray(shades), _NATURAL_ENLARGEMENT * width, _NATURAL_ENLARGEMENT * height)
     if rng.random() < _GREY_PROBABILITY:
         large = np.repeat((large @ _LUMA)[..., None], 3, 2)
     top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
@@ -69,6 +66,4 @@ def natural_image(
 def read_natural_image(path: Path) -> NDArray[np.uint8]:
     """Read a natural image as 8 bits. Raises OSError or ValueError."""
     image = decode_image(path)
-    if image.dtype != np.uint8:
-        image = cv2.convertScaleAbs(image, alpha=1 / 257)
-    return np.asarray(image, np.uint8)
+    return np.asarray(image if image.dtype == np.uint8 else image // 257, np.uint8)

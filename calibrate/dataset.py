@@ -99,9 +99,7 @@ def load_good_images(dataset: Path, held_out_share: float, seed: int) -> GoodIma
     count = min(len(usable) - 1, max(1, round(held_out_share * len(usable))))
     held_out = sorted(order[:count].tolist())
     train = sorted(order[count:].tolist())
-    return GoodImages(
-        [usable[i] for i in train], [usable[i] for i in held_out], corrupt, digest.hexdigest()
-    )
+    return GoodImages([usable[i] for i in train], [usable[i] for i in held_out], corrupt, digest.hexdigest())
 
 
 def load_test_images(dataset: Path) -> list[TestImage]:
@@ -115,9 +113,7 @@ def load_test_images(dataset: Path) -> list[TestImage]:
     root = dataset / "test" if (dataset / "test").is_dir() else dataset
     if not (root / "good").is_dir():
         raise DatasetError(f"{root.absolute()}: no folder `good` beside the folders of defects")
-    kinds = sorted(
-        p.name for p in root.iterdir() if p.is_dir() and p.name not in ("train", "ground_truth")
-    )
+    kinds = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in ("train", "ground_truth"))
     images = [
         TestImage(ImageFile(f"{kind}/{name}", path), kind)
         for kind in kinds
@@ -134,9 +130,7 @@ def load_test_images(dataset: Path) -> list[TestImage]:
 def read_frame(file: ImageFile, pixel_format: PixelFormat | None = None) -> Frame:
     """Read one file as the frame that the replay driver would deliver. Raises OSError or ValueError."""
     image = decode_image(file.path)
-    return Frame(
-        FrameStatus.COMPLETE, file.name, image=image, pixel_format=format_of(image, pixel_format)
-    )
+    return Frame(FrameStatus.COMPLETE, file.name, image=image, pixel_format=format_of(image, pixel_format))
 
 
 class PreparedImages:

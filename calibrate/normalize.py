@@ -58,5 +58,3 @@ def choose_threshold(scores: NDArray[np.float64], false_reject_rate: float) -> T
     n = len(scores)
     k = min(n, math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9))
     return Threshold(float(np.sort(scores)[k - 1]), (n + 1 - k) / (n + 1), n)
-
-

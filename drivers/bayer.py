@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from drivers.frame import BayerPattern
+from drivers.frame import BayerPattern, Image
 
 
-def mosaic(rgb: NDArray[np.uint8] | NDArray[np.uint16], pattern: BayerPattern) -> NDArray[np.generic]:
+def mosaic(rgb: Image, pattern: BayerPattern) -> Image:
     """Sample each pixel's own colour from an RGB picture.
 
     Args:

@@ -18,11 +18,11 @@ class CameraLost(CameraError):
     """The camera went away or must be reopened."""
 
 
-class EndOfStream(Exception):  # noqa: N818 - the normal end of a finite source, not an error
+class EndOfStream(Exception):
     """The source has delivered its last frame."""
 
 
-class DriverMissing(Exception):  # noqa: N818 - named for what is missing
+class DriverMissing(Exception):
     """The driver's library is not installed; the message names the extra to install."""
 
 

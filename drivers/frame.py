@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -36,7 +37,7 @@ class PixelFormat(StrEnum):
     @property
     def bits(self) -> int:
         """Significant bits per channel; the full range is 0 … 2**bits − 1."""
-        return int(self.value.lstrip("MonoBayerRGB"))
+        return int(self.value.lstrip(string.ascii_letters))
 
     @property
     def max_value(self) -> int:

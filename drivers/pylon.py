@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -66,9 +66,7 @@ def import_pylon() -> Any:
     try:
         from pypylon import pylon
     except ImportError as error:
-        raise DriverMissing(
-            f"the pylon driver needs pypylon ({error}): pip install 'inspectord[pylon]'"
-        ) from error
+        raise DriverMissing(f"the pylon driver needs pypylon ({error}): pip install 'inspectord[pylon]'") from error
     return pylon
 
 
@@ -136,7 +134,7 @@ class PylonCamera:
     def _find(self) -> Any:
         options = self._options
         devices = self._pylon.TlFactory.GetInstance().EnumerateDevices()
-        wanted = {
+        wanted: dict[str, tuple[str | None, Callable[[Any], str]]] = {
             "serial": (options.serial, lambda d: d.GetSerialNumber()),
             "user_name": (options.user_name, lambda d: d.GetUserDefinedName()),
             "ip": (options.ip, lambda d: d.GetIpAddress() if d.IsIpAddressAvailable() else ""),
@@ -244,9 +242,7 @@ class PylonCamera:
         """
         if not self._pacer.wait(timeout_s):
             return []
-        if not self._camera.WaitForFrameTriggerReady(
-            _TRIGGER_READY_TIMEOUT_MS, self._pylon.TimeoutHandling_Return
-        ):
+        if not self._camera.WaitForFrameTriggerReady(_TRIGGER_READY_TIMEOUT_MS, self._pylon.TimeoutHandling_Return):
             self._probe()
             return []
         self._drop_late_frames()

@@ -165,9 +165,7 @@ class ReplayCamera:
             image = decode_image(path)
             pixel_format = format_of(image, self._options.pixel_format)
         except (OSError, ValueError) as error:
-            return Frame(
-                FrameStatus.UNREADABLE, name, device_id=index, detail=str(error), arrived_ns=arrived_ns
-            )
+            return Frame(FrameStatus.UNREADABLE, name, device_id=index, detail=str(error), arrived_ns=arrived_ns)
         return Frame(
             FrameStatus.COMPLETE,
             name,

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from drivers.bayer import mosaic
 from drivers.camera import CameraInfo, EndOfStream, Options
-from drivers.frame import Frame, FrameStatus, PixelFormat
+from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 
 DefectKind = Literal["scratch", "stain", "missing_hole", "double_print", "extra_hole"]
@@ -48,7 +48,7 @@ class Part:
     kind: Literal["good"] | DefectKind
     mask: NDArray[np.bool_]
     """(height, width), True where the defect is."""
-    raw: NDArray[np.uint8] | NDArray[np.uint16]
+    raw: Image
     """The same picture in the camera's pixel format."""
 
 
@@ -99,9 +99,8 @@ class _Plate:
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self.size = size
-        brushed = cv2.GaussianBlur(
-            rng.standard_normal((size, size), dtype=np.float32), (0, 0), size / 24, sigmaY=0.7
-        )
+        noise = rng.standard_normal((size, size), dtype=np.float32)
+        brushed = np.asarray(cv2.GaussianBlur(noise, (0, 0), size / 24, sigmaY=0.7), np.float32)
         brushed /= brushed.std()
         tone = np.array([0.60, 0.62, 0.66], np.float32)
         self.image = (tone * (1.0 + 0.045 * brushed[..., None])).astype(np.float32)
@@ -131,7 +130,7 @@ class _Plate:
             thickness = max(1, round(2.2 * scale))
             cv2.putText(stencil, line, at, cv2.FONT_HERSHEY_SIMPLEX, scale, (255,), thickness, cv2.LINE_AA)
         share = stencil[..., None].astype(np.float32) / 255
-        self.image = self.image * (1 - share) + ink * share
+        self.image = np.asarray(self.image * (1 - share) + ink * share, np.float32)
 
     def draw_defect(self, kind: str, rng: np.random.Generator) -> None:
         drawings: dict[str, Callable[[np.random.Generator], None]] = {
@@ -160,7 +159,7 @@ class _Plate:
         at = (self._px(float(centre[0])), self._px(float(centre[1])))
         radii = (self._px(float(axes[0])), self._px(float(axes[1])))
         cv2.ellipse(blot, at, radii, float(rng.uniform(0, 180)), 0, 360, 1.0, -1)
-        blot = cv2.GaussianBlur(blot, (0, 0), self.size / 100)
+        blot = np.asarray(cv2.GaussianBlur(blot, (0, 0), self.size / 100), np.float32)
         self.image *= 1.0 - blot[..., None] * np.array([0.35, 0.45, 0.6], np.float32)
 
     def _missing_hole(self, rng: np.random.Generator) -> None:
@@ -184,14 +183,19 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, sigma_px: f
     return np.asarray(noise / noise.std(), np.float32)
 
 
-def _to_pixel_format(shades: NDArray[np.float32], fmt: PixelFormat) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    rgb = np.rint(shades * fmt.max_value).astype(fmt.dtype)
+def _to_pixel_format(shades: NDArray[np.float32], fmt: PixelFormat) -> Image:
+    rgb = _quantise(shades, fmt)
     if fmt.colour_order:
-        return np.ascontiguousarray(rgb if fmt.colour_order == "RGB" else rgb[..., ::-1])
+        ordered: Image = rgb if fmt.colour_order == "RGB" else rgb[..., ::-1].copy()
+        return ordered
     if fmt.bayer:
-        return mosaic(rgb, fmt.bayer).astype(fmt.dtype, copy=False)
-    grey = shades @ np.array([0.299, 0.587, 0.114], np.float32)
-    return np.rint(grey * fmt.max_value).astype(fmt.dtype)
+        return mosaic(rgb, fmt.bayer)
+    return _quantise(shades @ np.array([0.299, 0.587, 0.114], np.float32), fmt)
+
+
+def _quantise(shades: NDArray[np.float32], fmt: PixelFormat) -> Image:
+    levels = np.rint(shades * fmt.max_value)
+    return levels.astype(np.uint8) if fmt.bits == 8 else levels.astype(np.uint16)
 
 
 class SyntheticCamera:

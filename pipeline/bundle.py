@@ -40,17 +40,30 @@ class BundleError(Exception):
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """Everything that turns a frame into a score."""
+class Model:
+    """What turns a frame into raw maps."""
 
     size: PdnSize
     geometry: Geometry
     preprocess: PreprocessSpec
+    weights: Mapping[str, Tensor] = field(repr=False)
+    """State dict of `EfficientAD`, teacher statistics included."""
+
+    def networks(self) -> EfficientAD:
+        """Build the networks with these weights, ready to infer."""
+        networks = EfficientAD(self.size, self.geometry)
+        networks.load_state_dict(dict(self.weights))
+        return networks.eval()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything that turns a frame into a score."""
+
+    model: Model
     quantiles: Quantiles
     threshold: float
     """A part is OK at or below it."""
-    weights: Mapping[str, Tensor] = field(repr=False)
-    """State dict of `EfficientAD`, teacher statistics included."""
     teacher: Mapping[str, Any] = field(default_factory=dict)
     """Where the teacher comes from, in words and numbers."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -65,12 +78,6 @@ class Bundle:
     calibration_id: str = ""
     """First 12 hex digits of the SHA-256 of quantiles, threshold and preprocessing."""
 
-    def networks(self) -> EfficientAD:
-        """Build the networks with this bundle's weights, ready to infer."""
-        model = EfficientAD(self.size, self.geometry)
-        model.load_state_dict(dict(self.weights))
-        return model.eval()
-
 
 def is_bundle(folder: Path) -> bool:
     """Tell whether a folder holds a finished bundle."""
@@ -83,9 +90,10 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
     Returns the bundle with its ids. Raises OSError when the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in bundle.weights.items()}
+    model = bundle.model
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.weights.items()}
     blobs = {WEIGHTS: save_tensors(tensors)}
-    spec = bundle.preprocess
+    spec = model.preprocess
     for name, file in _ARRAYS.items():
         array = getattr(spec, name)
         if array is not None:
@@ -94,7 +102,9 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
             blobs[file] = buffer.getvalue()
     if spec.ignore is not None:
         blobs[_IGNORE] = cv2.imencode(".png", spec.ignore.astype(np.uint8) * 255)[1].tobytes()
-    files = {name: {"sha256": _sha256(blob), "bytes": len(blob)} for name, blob in blobs.items()}
+    files: dict[str, dict[str, Any]] = {
+        name: {"sha256": _sha256(blob), "bytes": len(blob)} for name, blob in blobs.items()
+    }
     preprocessing: dict[str, Any] = {
         "width": spec.width,
         "height": spec.height,
@@ -118,7 +128,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "versions": dict(bundle.versions),
         "model_id": files[WEIGHTS]["sha256"][:12],
         "calibration_id": _sha256(_canonical(basis))[:12],
-        "architecture": {"name": "EfficientAD", "size": bundle.size, "geometry": bundle.geometry.to_json()},
+        "architecture": {"name": "EfficientAD", "size": model.size, "geometry": model.geometry.to_json()},
         "preprocessing": preprocessing,
         "calibration": calibration,
         "teacher": dict(bundle.teacher),
@@ -188,12 +198,9 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
     if not np.isfinite(threshold):
         raise ValueError(f"threshold is {threshold}")
     return Bundle(
-        size=size,
-        geometry=geometry,
-        preprocess=spec,
+        model=Model(size, geometry, spec, weights),
         quantiles=Quantiles.from_json(calibration["quantiles"]),
         threshold=threshold,
-        weights=weights,
         teacher=manifest["teacher"],
         calibration=calibration,
         training=manifest["training"],

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from drivers.frame import Image, PixelFormat
-from pipeline.bundle import Bundle
+from pipeline.bundle import Model
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import FloatMap
 
@@ -39,6 +39,10 @@ class Engine(Protocol):
     device: str
     """`cpu`, or the CUDA device's name."""
 
+    def warm_up(self) -> None:
+        """Run once on nothing, so that the first part is not the slowest."""
+        ...
+
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
         """Compute the raw maps of one frame. Raises FormatMismatch, or the device's own errors."""
         ...
@@ -47,18 +51,25 @@ class Engine(Protocol):
 class CpuEngine:
     """PyTorch on the CPU, float32, channels last."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, model: Model, threads: int | None = None) -> None:
         """Load the networks.
 
         Args:
-            bundle: a verified bundle.
+            model: networks and preprocessing.
             threads: intra-op threads of the whole process; None leaves PyTorch's choice.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = "cpu"
-        self._preprocess = Preprocessor(bundle.preprocess)
-        self._model = bundle.networks().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._preprocess = Preprocessor(model.preprocess)
+        self._geometry = model.geometry
+        self._networks = model.networks().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def warm_up(self) -> None:
+        """Run once on an empty picture."""
+        g = self._geometry
+        with torch.inference_mode():
+            self._networks(torch.zeros(1, 3, g.image_height, g.image_width))
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
         """Compute the raw maps of one frame."""
@@ -66,7 +77,7 @@ class CpuEngine:
         tensor = torch.from_numpy(self._preprocess(image, fmt))[None]
         ready_ns = time.perf_counter_ns()
         with torch.inference_mode():
-            st, ae = self._model(tensor.to(memory_format=torch.channels_last))
+            st, ae = self._networks(tensor.to(memory_format=torch.channels_last))
         maps = np.asarray(st[0].numpy()), np.asarray(ae[0].numpy())
         return RawMaps(*maps, preprocess_ns=ready_ns - start_ns, infer_ns=time.perf_counter_ns() - ready_ns)
 
@@ -79,21 +90,21 @@ class EngineChoice:
     because: str
 
 
-def make_engine(bundle: Bundle, device: DeviceChoice = "auto", threads: int | None = None) -> EngineChoice:
+def make_engine(model: Model, device: DeviceChoice = "auto", threads: int | None = None) -> EngineChoice:
     """Make the engine for a device.
 
     Raises EngineUnavailable when `cuda` is asked for and cannot be had; only `auto` falls back to the CPU.
     """
     if device == "cpu":
-        return EngineChoice(CpuEngine(bundle, threads), "configured")
+        return EngineChoice(CpuEngine(model, threads), "configured")
     missing = _why_no_cuda()
     if missing is None:
         from pipeline.engine_cuda import CudaEngine
 
-        return EngineChoice(CudaEngine(bundle), "configured" if device == "cuda" else "a CUDA device was found")
+        return EngineChoice(CudaEngine(model), "configured" if device == "cuda" else "a CUDA device was found")
     if device == "cuda":
         raise EngineUnavailable(f"device: cuda was asked for, but {missing}")
-    return EngineChoice(CpuEngine(bundle, threads), missing)
+    return EngineChoice(CpuEngine(model, threads), missing)
 
 
 def _why_no_cuda() -> str | None:

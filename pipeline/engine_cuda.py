@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from drivers.frame import Image, PixelFormat
-from pipeline.bundle import Bundle
+from pipeline.bundle import Model
 from pipeline.engine import RawMaps
 from pipeline.preprocess_cuda import CudaPreprocessor
 
@@ -17,15 +17,21 @@ from pipeline.preprocess_cuda import CudaPreprocessor
 class CudaEngine:
     """PyTorch on CUDA in float32 (no TF32), fed by the fused kernel without a copy in between."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, model: Model) -> None:
         self.device = torch.cuda.get_device_name()
-        self._stream = torch.cuda.Stream()
-        self._model = bundle.networks().cuda()
-        g = bundle.geometry
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._networks = model.networks().cuda()
+        g = model.geometry
         self._input = torch.zeros(1, 3, g.image_height, g.image_width, device="cuda")
-        self._preprocess = CudaPreprocessor(bundle.preprocess, cupy.from_dlpack(self._input[0]))
+        self._preprocess = CudaPreprocessor(model.preprocess, cupy.from_dlpack(self._input[0]))
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+
+    def warm_up(self) -> None:
+        """Run once on an empty picture."""
+        with torch.cuda.stream(self._stream), torch.inference_mode():
+            self._networks(self._input)
+        self._stream.synchronize()
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
         """Compute the raw maps of one frame; waits once, for the maps."""
@@ -35,7 +41,7 @@ class CudaEngine:
             self._preprocess(image, fmt)
             ready_ns = time.perf_counter_ns()
             with torch.inference_mode():
-                st, ae = self._model(self._input)
+                st, ae = self._networks(self._input)
                 both = torch.stack((st[0], ae[0])).cpu()
         maps = np.asarray(both.numpy())
         return RawMaps(

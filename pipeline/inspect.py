@@ -83,7 +83,7 @@ class Inspector:
         self.engine = engine
         self.threshold = bundle.threshold if threshold is None else threshold
         self._check = PlausibilityCheck(limits or PlausibleLimits())
-        self._scorer = Scorer(bundle.geometry, bundle.preprocess.ignored_in_roi())
+        self._scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
 
     def inspect(self, frame: Frame) -> Inspection:
         """Judge one frame; every failure becomes INVALID with its reason, nothing is raised.
@@ -97,9 +97,7 @@ class Inspector:
         except FormatMismatch as error:
             return Inspection(Outcome.INVALID, Reason.FORMAT, str(error))
         except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
-            return Inspection(
-                Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error
-            )
+            return Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error)
 
     def _inspect(self, frame: Frame) -> Inspection:
         image, fmt = frame.image, frame.pixel_format
@@ -117,7 +115,7 @@ class Inspector:
         outcome = judge(score, self.threshold)
         if outcome is Outcome.INVALID:
             return Inspection(outcome, Reason.ENGINE, f"the score is {score}, the threshold {self.threshold}")
-        area = self.bundle.preprocess.area(image.shape[1], image.shape[0])
+        area = self.bundle.model.preprocess.area(image.shape[1], image.shape[0])
         regions = [] if outcome is Outcome.OK else self._scorer.regions(stretched, self.threshold, area)
         return Inspection(
             outcome,

@@ -134,9 +134,7 @@ class EfficientAD(nn.Module):
             (N, 384, map_height, map_width).
         """
         if image.shape[-2:] != (AUTOENCODER_PX, AUTOENCODER_PX):
-            image = F.interpolate(
-                image, size=(AUTOENCODER_PX, AUTOENCODER_PX), mode="bilinear", antialias=True
-            )
+            image = F.interpolate(image, size=(AUTOENCODER_PX, AUTOENCODER_PX), mode="bilinear", antialias=True)
         features: Tensor = self.autoencoder(image)
         grid = (self.geometry.map_height, self.geometry.map_width)
         if features.shape[-2:] != grid:

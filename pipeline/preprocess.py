@@ -15,6 +15,7 @@ The steps, in this order, the same in training and in every engine:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -73,7 +74,11 @@ class PreprocessSpec:
 
     def area(self, frame_width: int, frame_height: int) -> FrameArea:
         """Return the region of interest in a frame of this size. Raises FormatMismatch."""
-        for name, array in (("dark frame", self.dark), ("flat field", self.flat), ("ignore mask", self.ignore)):
+        for name, array in (
+            ("dark frame", self.dark),
+            ("flat field", self.flat),
+            ("ignore mask", self.ignore),
+        ):
             if array is not None and array.shape[:2] != (frame_height, frame_width):
                 raise FormatMismatch(
                     f"the frame is {frame_width}×{frame_height} px, "
@@ -199,9 +204,10 @@ class Preprocessor:
         if ignored is not None:
             raw = raw.copy() if correction is None else raw
             raw[ignored] = ignored_value(fmt)
+        pixels: NDArray[Any] = raw
         if fmt.bayer:
-            raw = np.asarray(cv2.demosaicing(raw, _DEMOSAIC[shifted_pattern(fmt.bayer, area.x, area.y)]))
-        shades = raw.astype(np.float32)
+            pixels = cv2.demosaicing(raw, _DEMOSAIC[shifted_pattern(fmt.bayer, area.x, area.y)])
+        shades = pixels.astype(np.float32)
         shades *= np.float32(1.0 / fmt.max_value)
         small = resize(shades, self.spec.width, self.spec.height)
         if small.ndim == 2:

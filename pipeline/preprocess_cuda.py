@@ -77,7 +77,8 @@ extern "C" __global__ void preprocess(
     const int ox = blockIdx.x * blockDim.x + threadIdx.x;
     const int oy = blockIdx.y * blockDim.y + threadIdx.y;
     if (ox >= out_width || oy >= out_height) return;
-    const Frame f = {raw, dark, gain, ignored, width, height, kind, colours, is_bgr, max_value, ignored_value};
+    const Frame f = {raw, dark, gain, ignored, width, height,
+                     kind, colours, is_bgr, max_value, ignored_value};
     float sums[3] = {0.0f, 0.0f, 0.0f};
     const int channels = kind == MONO ? 1 : 3;
     for (int ky = 0; ky < taps_y; ++ky) {
@@ -174,7 +175,7 @@ class CudaPreprocessor:
         values = kernel_arguments(self._spec, fmt, image.shape[1], image.shape[0])
         sample = "unsigned char" if fmt.bits == 8 else "unsigned short"
         kernel = cupy.RawKernel(KERNEL, "preprocess", options=(f"-DSAMPLE={sample}", "--fmad=false"))
-        arguments = []
+        arguments: list[Any] = []
         for value in values.values():
             if value is None:
                 arguments.append(np.uintp(0))

@@ -12,7 +12,7 @@ PATTERNS = {"RG": "RGGB", "GR": "GRBG", "GB": "GBRG", "BG": "BGGR"}
 def demosaic(raw, pattern):
     """Bilinear, rounded half up, outermost pixels copied from their inner neighbours; one pixel at a time."""
     height, width = raw.shape
-    colour = lambda y, x: "RGB".index(pattern[(y % 2) * 2 + x % 2])  # noqa: E731
+    colour = lambda y, x: "RGB".index(pattern[(y % 2) * 2 + x % 2])
     out = np.zeros((height, width, 3), np.int64)
     for y in range(1, height - 1):
         for x in range(1, width - 1):
@@ -51,7 +51,7 @@ def resize_axis(image, outputs):
 
 
 def preprocess(image, fmt, width, height, *, roi=None, dark=None, flat=None, ignore=None):
-    """Crop, correct, paint, demosaic, scale, resize, normalise, in float64 where rounding is not specified."""
+    """Crop, correct, paint, demosaic, scale, resize, normalise, in float64 unless rounding is specified."""
     name = fmt.value
     bits = int("".join(ch for ch in name if ch.isdigit()))
     top = 2**bits - 1

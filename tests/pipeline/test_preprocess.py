@@ -9,7 +9,7 @@ import pytest
 
 from drivers.bayer import mosaic
 from drivers.frame import PixelFormat
-from pipeline.preprocess import FormatMismatch, PreprocessSpec, Preprocessor, flat_field_gain
+from pipeline.preprocess import FormatMismatch, Preprocessor, PreprocessSpec, flat_field_gain
 from pipeline.preprocess_cuda import KERNEL, kernel_arguments
 from pipeline.scoring import FrameArea
 from tests.pipeline import reference
@@ -123,8 +123,8 @@ def test_frames_that_do_not_fit_are_refused(rng):
         Preprocessor(PreprocessSpec(8, 8, ignore=np.zeros((10, 10), bool)))(image, PixelFormat.MONO8)
     with pytest.raises(FormatMismatch, match="is not RGB8"):
         Preprocessor(PreprocessSpec(8, 8))(image, PixelFormat.RGB8)
+    spec = PreprocessSpec(8, 8, dark=np.zeros((47, 61, 3), np.float32))
     with pytest.raises(FormatMismatch, match="in colour"):
-        spec = PreprocessSpec(8, 8, dark=np.zeros((47, 61, 3), np.float32))
         Preprocessor(spec)(image, PixelFormat.MONO8)
 
 

@@ -1,0 +1,1 @@
+"""The long-running process: configuration, threads, ZeroMQ, and the `inspectord` command."""

@@ -1,0 +1,120 @@
+"""The `inspectord` command: running a station. Exit codes are in `daemon.cli_errors`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from daemon import cli_calibrate
+from daemon.cli_errors import clear_errors
+
+app = typer.Typer(
+    name="inspectord",
+    help="One EfficientAD verdict for every part in front of an industrial camera, over ZeroMQ.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+cli_calibrate.register(app)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the station's YAML file", dir_okay=False)]
+StateDirOption = Annotated[
+    Path | None, typer.Option(help="folder that keeps the sequence number, instead of the configured one")
+]
+
+
+@app.command()
+def run(config: ConfigOption, state_dir: StateDirOption = None) -> None:
+    """Inspect: grab frames, judge them, publish verdicts and maps, until stopped or the source ends."""
+    from daemon.config import load_config
+    from daemon.log import configure_logging
+
+    configure_logging()
+    with clear_errors():
+        settings = load_config(config)
+    configure_logging(settings.log.level, settings.log.format)
+    if state_dir is not None:
+        settings = settings.model_copy(update={"state_dir": state_dir})
+    from daemon.station import Station
+
+    with clear_errors():
+        station = Station(settings)
+
+        def stop(number: int, _frame: FrameType | None) -> None:
+            signal.signal(number, lambda n, _f: os._exit(128 + n))  # the second one ends at once
+            station.stop()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        summary = station.run()
+    typer.echo(summary)
+
+
+@app.command()
+def check(config: ConfigOption) -> None:
+    """Validate a configuration, open the camera, load the bundle and run one frame through."""
+    from daemon.log import configure_logging
+
+    configure_logging("warning")
+    with clear_errors():
+        from daemon.check import check_station
+        from daemon.config import load_config
+
+        for line in check_station(load_config(config)):
+            typer.echo(line)
+
+
+@app.command()
+def watch(
+    endpoint: Annotated[str, typer.Argument(help="a verdict endpoint, such as tcp://127.0.0.1:5550")],
+    station: Annotated[str | None, typer.Option(help="only this station")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="end after so many verdicts")] = None,
+) -> None:
+    """Subscribe to verdicts and show them as they come."""
+    from daemon.watch import watch_verdicts
+
+    with clear_errors():
+        watch_verdicts(endpoint, station, count)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="where bundle, configuration and picture go")] = Path("runs/demo"),
+    parts: Annotated[int, typer.Option(min=8, max=10_000, help="parts to inspect")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 300,
+) -> None:
+    """Show the whole thing on the simulated line: train a small model, run the daemon, watch it."""
+    from daemon.demo import run_demo
+
+    with clear_errors():
+        run_demo(folder, parts, steps)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"inspectord {version('inspectord')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="inspectord")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Errors that a user can mend become one clear message and an exit code.
+
+0 done; 1 it failed while running; 2 the configuration, bundle, data or command line is wrong, so that trying
+again without a change is of no use; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn the errors that a user can mend into one clear message and the right exit code."""
+    from calibrate.checkpoint import CheckpointError
+    from calibrate.dataset import DatasetError
+    from calibrate.train import TrainingError, TrainingStopped
+    from daemon.check import CheckFailed
+    from daemon.demo import DemoFailed
+    from daemon.publishing import EndpointError
+    from daemon.sequence import StateError
+    from daemon.station import StationFailed
+    from daemon.yaml_errors import ConfigError
+    from drivers.camera import CameraError, DriverMissing
+    from pipeline.bundle import BundleError
+    from pipeline.engine import EngineUnavailable
+    from pipeline.geometry import GeometryError
+
+    misuse = (
+        BundleError,
+        CheckpointError,
+        ConfigError,
+        DatasetError,
+        DriverMissing,
+        EngineUnavailable,
+        GeometryError,
+        TrainingError,
+    )
+    try:
+        yield
+    except misuse as error:
+        _fail(error, EXIT_MISUSED)
+    except (CameraError, CheckFailed, DemoFailed, EndpointError, StateError, StationFailed, OSError) as error:
+        _fail(error, EXIT_FAILED)
+    except (KeyboardInterrupt, TrainingStopped) as error:
+        _fail(error, EXIT_INTERRUPTED)
+
+
+def _fail(error: BaseException, code: int) -> NoReturn:
+    typer.echo(f"inspectord: {str(error) or 'interrupted'}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,30 @@
+"""Tell systemd how the service is (sd_notify(3)): READY, STOPPING, WATCHDOG, STATUS."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+class Notifier:
+    """Send state to the socket that systemd names in NOTIFY_SOCKET; silent where there is none."""
+
+    def __init__(self) -> None:
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        # A name that begins with @ lies in Linux's abstract namespace.
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
+        interval_us = int(os.environ.get("WATCHDOG_USEC", "0") or 0)
+        same_process = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        self.watchdog_s: float | None = interval_us / 1e6 if interval_us > 0 and same_process else None
+        """Seconds within which systemd wants a WATCHDOG=1; None without a watchdog."""
+
+    def send(self, state: str) -> None:
+        """Send one state line. Raises OSError when systemd's socket is gone."""
+        if self._socket is not None:
+            self._socket.sendto(state.encode(), self._address)
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._socket is not None:
+            self._socket.close()

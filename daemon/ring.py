@@ -1,0 +1,53 @@
+"""The ring of frame slots: the only place where full-size images wait."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drivers.frame import Image
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """Memory for one frame; it grows to the largest frame it has seen and is then reused as it is."""
+
+    memory: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+
+    def store(self, image: Image) -> Image:
+        """Copy an image in and return the view of the copy."""
+        if self.memory.nbytes < image.nbytes:
+            self.memory = np.empty(image.nbytes, np.uint8)
+        view: Image = self.memory[: image.nbytes].view(image.dtype).reshape(image.shape)
+        np.copyto(view, image)
+        return view
+
+
+class FrameRing:
+    """A fixed number of slots, leased by acquisition and given back once their frame is judged."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = [Slot() for _ in range(slots)]
+        self._changed = threading.Condition()
+
+    def lease(self, timeout_s: float) -> Slot | None:
+        """Take a free slot, waiting up to `timeout_s`; None when all stay taken."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free, timeout_s):
+                return None
+            return self._free.pop()
+
+    def give_back(self, slot: Slot) -> None:
+        """Return a slot; its memory may be overwritten from now on."""
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify()
+
+    @property
+    def free_slots(self) -> int:
+        """Number of slots that nobody holds."""
+        with self._changed:
+            return len(self._free)
