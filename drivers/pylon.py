@@ -121,7 +121,7 @@ class PylonCamera:
         self._ids = self._make_counter(info.GetDeviceClass())
         self._failed_in_a_row, self._lost_because = 0, None
         self._heard_s = time.monotonic()
-        camera.MaxNumBuffer = _BUFFERS
+        camera.MaxNumBuffer.Value = _BUFFERS
         camera.StartGrabbing(pylon.GrabStrategy_OneByOne)
         return CameraInfo(
             self._source,
@@ -169,7 +169,9 @@ class PylonCamera:
         self._write("offset_x", options.offset_x, "OffsetX")
         self._write("offset_y", options.offset_y, "OffsetY")
         self._write("exposure_us", options.exposure_us, "ExposureTime", "ExposureTimeAbs")
-        self._write("gain", options.gain, "Gain", "GainRaw")
+        # Decibels where the camera has them; its raw steps are another unit.
+        has_gain = self._camera.GetNodeMap().GetNode("Gain") is not None
+        self._write("gain", options.gain, "Gain" if has_gain else "GainRaw")
         if options.rate_fps is not None:
             self._write("rate_fps", True, "AcquisitionFrameRateEnable")
             self._write("rate_fps", options.rate_fps, "AcquisitionFrameRate", "AcquisitionFrameRateAbs")
@@ -178,6 +180,9 @@ class PylonCamera:
         if options.trigger == "free_run":
             camera.TriggerMode.Value = "Off"
         else:
+            # A rate limit left over in the camera would make it ignore triggers (and hangs the emulator).
+            if camera.GetNodeMap().GetNode("AcquisitionFrameRateEnable") is not None:
+                self._write("trigger", False, "AcquisitionFrameRateEnable")
             camera.TriggerSource.Value = "Software" if options.trigger == "software" else options.trigger_line
             if options.trigger == "hardware":
                 camera.TriggerActivation.Value = options.trigger_activation
@@ -186,9 +191,13 @@ class PylonCamera:
             self._write(f"features.{name}", value, name)
 
     def _write(self, option: str, value: bool | int | float | str | None, *nodes: str) -> None:
-        """Write the first of several nodes that the camera has (SFNC name first, then the older one)."""
+        """Write a feature under each of its names that the camera has (SFNC's, and the one before it).
+
+        Cameras have one of them; the emulator has both and obeys the older one.
+        """
         if value is None:
             return
+        written = False
         node_map = self._camera.GetNodeMap()
         for name in nodes:
             node = node_map.GetNode(name)
@@ -207,8 +216,9 @@ class PylonCamera:
                     node.FromString(str(value))
             except self._genicam.GenericException as error:
                 raise CameraError(f"{option}: {value!r} was refused by {name}: {_first_line(error)}") from error
-            return
-        raise CameraError(f"{option}: this camera has no feature {' or '.join(nodes)}")
+            written = True
+        if not written:
+            raise CameraError(f"{option}: this camera has no feature {' or '.join(nodes)}")
 
     def _make_counter(self, device_class: str) -> BlockIdCounter:
         if device_class != "BaslerGigE":

@@ -73,7 +73,8 @@ class PartRenderer:
         rng = np.random.default_rng([options.seed, index, 1])
         plate = _Plate(size, rng)
         good = plate.image.copy()
-        plate.draw_defect(kind, rng)
+        # Its own generator: with and without a defect, everything else about the part is the same.
+        plate.draw_defect(kind, np.random.default_rng([options.seed, index, 2]))
         changed = np.abs(plate.image - good).max(axis=2) > 0.02
 
         turn_deg, shift = rng.uniform(-1.5, 1.5), rng.uniform(-0.012, 0.012, 2) * size
@@ -151,7 +152,7 @@ class _Plate:
         path = np.clip(path + np.cumsum(rng.normal(0, 0.004, path.shape), axis=0), 0.15, 0.85)
         points = np.rint(path * self.size).astype(np.int32)
         bright = (0.97, 0.97, 0.97) if rng.random() < 0.5 else (0.2, 0.2, 0.2)
-        cv2.polylines(self.image, [points], False, bright, max(1, self._px(0.005)), cv2.LINE_AA)
+        cv2.polylines(self.image, [points], False, bright, max(1, self._px(0.008)), cv2.LINE_AA)
 
     def _stain(self, rng: np.random.Generator) -> None:
         centre, axes = rng.uniform(0.3, 0.7, 2), rng.uniform(0.03, 0.08, 2)

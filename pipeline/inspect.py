@@ -109,7 +109,8 @@ class Inspector:
         raw = self.engine.raw_maps(image, fmt)
         if not (np.isfinite(raw.student_teacher).all() and np.isfinite(raw.autoencoder).all()):
             return Inspection(Outcome.INVALID, Reason.ENGINE, "the anomaly map holds values that are not finite")
-        anomaly_map = combine_maps(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
+        with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the score, below
+            anomaly_map = combine_maps(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
         stretched = self._scorer.stretch(anomaly_map)
         score = float(stretched.max())
         outcome = judge(score, self.threshold)

@@ -34,3 +34,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
+
+
+@pytest.fixture(scope="session")
+def good_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve good parts of the simulated line, 96×96 px, as PNG files."""
+    import cv2
+
+    from drivers.synthetic import PartRenderer, SyntheticOptions
+
+    folder = tmp_path_factory.mktemp("good")
+    renderer = PartRenderer(SyntheticOptions(seed=3, width=96, height=96, defect_rate=0))
+    for index in range(12):
+        cv2.imwrite(str(folder / f"good_{index}.png"), renderer.render(index).raw)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(good_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle trained for four steps at 64×64 px: quick to run, good for nothing."""
+    from calibrate.train import TrainOptions, train
+    from pipeline.geometry import Geometry
+    from pipeline.preprocess import PreprocessSpec
+
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    train(
+        TrainOptions(
+            dataset=good_parts,
+            out=out,
+            geometry=Geometry(64, 64),
+            preprocess=PreprocessSpec(64, 64),
+            steps=4,
+            held_out_share=0.25,
+            precision="fp32",
+        )
+    )
+    return out

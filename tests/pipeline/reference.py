@@ -88,3 +88,81 @@ def preprocess(image, fmt, width, height, *, roi=None, dark=None, flat=None, ign
     small = resize_axis(raw / top, height)
     small = resize_axis(small.swapaxes(0, 1), width).swapaxes(0, 1)
     return ((small - MEAN) / STD).transpose(2, 0, 1)
+
+
+def conv2d(x, weight, bias, stride=1, padding=0):
+    """(C, H, W) by (O, C, kh, kw), cross-correlation as in every deep-learning paper."""
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
+    kh, kw = weight.shape[2:]
+    windows = np.lib.stride_tricks.sliding_window_view(x, (kh, kw), axis=(1, 2))[:, ::stride, ::stride]
+    return np.einsum("chwij,ocij->ohw", windows, weight, optimize=True) + bias[:, None, None]
+
+
+def average_pool(x, padding):
+    """2×2, stride 2, zeros counted."""
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    x = x[:, :height, :width]
+    return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+
+def bilinear(x, height, width):
+    """(..., H, W) to (..., height, width), pixel centres aligned, edges clamped."""
+
+    def weights(inputs, outputs):
+        table = np.zeros((outputs, inputs))
+        for i in range(outputs):
+            at = max((i + 0.5) * inputs / outputs - 0.5, 0.0)
+            first = min(int(at), inputs - 1)
+            second = min(first + 1, inputs - 1)
+            table[i, first] += 1 - (at - first)
+            table[i, second] += at - first
+        return table
+
+    return np.einsum("yi,...ij,xj->...yx", weights(x.shape[-2], height), x, weights(x.shape[-1], width))
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def pdn(x, p, size, padded):
+    """Tables 5 and 6 of the paper; `p` holds numbered weights and biases in the order of the layers."""
+    wide, one = (3, 1) if padded else (0, 0)
+    if size == "small":
+        x = average_pool(relu(conv2d(x, *p[0], padding=wide)), one)
+        x = average_pool(relu(conv2d(x, *p[1], padding=wide)), one)
+        x = relu(conv2d(x, *p[2], padding=one))
+        return conv2d(x, *p[3])
+    x = average_pool(relu(conv2d(x, *p[0], padding=wide)), one)
+    x = average_pool(relu(conv2d(x, *p[1], padding=wide)), one)
+    x = relu(conv2d(x, *p[2]))
+    x = relu(conv2d(x, *p[3], padding=one))
+    x = relu(conv2d(x, *p[4]))
+    return conv2d(x, *p[5])
+
+
+def autoencoder(x, p, cells):
+    """Table 7 of the paper, dropout off."""
+    for layer in range(5):
+        x = relu(conv2d(x, *p[layer], stride=2, padding=1))
+    x = conv2d(x, *p[5])
+    for layer, side in enumerate((3, 8, 15, 32, 63, 127), start=6):
+        x = relu(conv2d(bilinear(x, side, side), *p[layer], padding=2))
+    x = relu(conv2d(bilinear(x, cells, cells), *p[12], padding=1))
+    return conv2d(x, *p[13], padding=1)
+
+
+def raw_maps(image, teacher, student, ae, mean, std, size, padded):
+    """Algorithm 3: the two maps before normalisation, for a 256×256 image."""
+    t = (pdn(image, teacher, size, padded) - mean[:, None, None]) / std[:, None, None]
+    s = pdn(image, student, size, padded)
+    a = autoencoder(image, ae, 64 if padded else 56)
+    return ((t - s[:384]) ** 2).mean(0), ((a - s[384:]) ** 2).mean(0)
+
+
+def score(map_st, map_ae, quantiles, pad, out):
+    """Algorithm 3: normalise, average, pad with zeros, upsample, take the maximum."""
+    a_st, b_st, a_ae, b_ae = quantiles
+    combined = 0.5 * 0.1 * (map_st - a_st) / (b_st - a_st) + 0.5 * 0.1 * (map_ae - a_ae) / (b_ae - a_ae)
+    return bilinear(np.pad(combined, pad), out, out).max()

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from drivers.camera import CameraError, CameraLost, DriverMissing, EndOfStream
+from drivers.counter import BlockIdCounter
+from drivers.frame import FrameStatus, PixelFormat
+from drivers.pylon import PylonCamera, PylonOptions
+
+pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
+
+QUICK = {"exposure_us": 100.0, "width": 64, "height": 48}
+
+
+@pytest.fixture
+def opened():
+    cameras = []
+
+    def make(**options):
+        camera = PylonCamera(PylonOptions(driver="pylon", serial="0815-0000", **{**QUICK, **options}))
+        cameras.append(camera)
+        camera.open()
+        return camera
+
+    yield make
+    for camera in cameras:
+        camera.close()
+
+
+def some_frames(camera, count):
+    frames = []
+    while len(frames) < count:
+        frames += camera.grab(1.0)
+    return frames
+
+
+@pytest.mark.parametrize("fmt", list(PixelFormat))
+def test_every_pixel_format_of_the_emulator(opened, fmt):
+    (frame,) = some_frames(opened(pixel_format=fmt, trigger="software"), 1)
+    assert frame.status is FrameStatus.COMPLETE
+    assert frame.pixel_format is fmt
+    assert fmt.fits(frame.image)
+    assert frame.image.shape[:2] == (48, 64)
+    assert frame.source == "0815-0000"
+
+
+def test_free_run_and_software_trigger_number_their_frames_without_gaps(opened):
+    for trigger in ("free_run", "software"):
+        frames = some_frames(opened(trigger=trigger), 20)[:20]
+        assert [f.device_id for f in frames] == list(range(20))
+        assert {f.status for f in frames} == {FrameStatus.COMPLETE}
+
+
+def test_settings_reach_the_camera(opened):
+    camera = opened(exposure_us=250.0, gain=6.0, offset_x=16, offset_y=8, rate_fps=50.0)
+    nodes = camera._camera.GetNodeMap()
+    read = {n: float(nodes.GetNode(n).ToString()) for n in ("OffsetX", "OffsetY", "Width", "Height")}
+    assert read == {"OffsetX": 16, "OffsetY": 8, "Width": 64, "Height": 48}
+    assert camera._camera.ExposureTimeAbs.Value == pytest.approx(250, abs=1)
+    assert camera._camera.AcquisitionFrameRateAbs.Value == pytest.approx(50)
+    assert camera._camera.Gain.Value == pytest.approx(6.0, abs=0.01)
+    assert camera._camera.TriggerMode.Value == "Off"
+
+
+def test_hardware_trigger_listens_to_its_line(opened):
+    camera = opened(trigger="hardware", trigger_line="Line2", trigger_activation="FallingEdge")
+    assert camera._camera.TriggerMode.Value == "On"
+    assert camera._camera.TriggerSource.Value == "Line2"
+    assert camera._camera.TriggerActivation.Value == "FallingEdge"
+    assert camera.grab(0.05) == []  # nobody fires the line
+
+
+def test_incomplete_buffers_are_reported_not_hidden(opened):
+    camera = opened(trigger="software", features={"ForceFailedBufferCount": 3, "ForceFailedBuffer": True})
+    statuses = [f.status for f in some_frames(camera, 5)]
+    assert statuses == ["incomplete"] * 3 + ["complete"] * 2
+
+
+def test_a_trigger_that_was_under_way_when_the_cable_was_pulled_is_reported(opened):
+    camera = opened(trigger="software")
+    some_frames(camera, 2)
+    camera._camera.GetStreamGrabberNodeMap().GetNode("ImposedError").FromString("cable pulled")
+    (frame,) = camera.grab(1.0)
+    assert frame.status is FrameStatus.CAMERA
+    assert "cable pulled" in frame.detail
+    with pytest.raises(CameraLost, match="cable pulled"):
+        camera.grab(1.0)
+    camera.close()
+    camera.open()
+    assert some_frames(camera, 1)[0].status is FrameStatus.COMPLETE
+
+
+def test_a_pulled_cable_in_free_run_means_reopen(opened):
+    camera = opened()
+    some_frames(camera, 2)
+    camera._camera.GetStreamGrabberNodeMap().GetNode("ImposedError").FromString("cable pulled")
+
+    def grab_for_ever():
+        while True:
+            camera.grab(1.0)
+
+    with pytest.raises(CameraLost, match="cable pulled"):
+        grab_for_ever()
+
+
+def test_gaps_in_the_block_ids_become_lost_frames(opened):
+    camera = opened(trigger="software")
+    some_frames(camera, 1)
+    camera._ids = BlockIdCounter(first_id=-3)  # as if ids -3, -2 and -1 and 0 had been due before
+    frames = some_frames(camera, 1)
+    assert [f.status for f in frames] == ["lost"] * 4 + ["complete"]
+
+
+def test_a_trigger_without_a_frame_is_a_timeout(opened):
+    camera = opened(trigger="software", trigger_timeout_ms=50)
+    camera._camera.TriggerSelector.Value = "FrameBurstStart"  # the trigger goes where nothing waits for it
+    (frame,) = some_frames(camera, 1)
+    assert frame.status is FrameStatus.TIMEOUT
+    camera._camera.TriggerSelector.Value = "FrameStart"
+    (frame,) = some_frames(camera, 1)
+    assert frame.status is FrameStatus.COMPLETE
+
+
+def test_image_folders_are_played_with_their_colours(opened, tmp_path):
+    for index, (r, g, b) in enumerate([(200, 30, 60), (20, 180, 90)]):
+        cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((48, 64, 3), (b, g, r), np.uint8))
+    for fmt in (PixelFormat.RGB8, PixelFormat.BGR8):
+        camera = opened(
+            pixel_format=fmt,
+            trigger="software",
+            features={"TestImageSelector": "Off", "ImageFilename": str(tmp_path), "ImageFileMode": "On"},
+        )
+        frames = [f.image[5, 5].tolist() for f in (some_frames(camera, 1)[0] for _ in range(2))]
+        wanted = [[200, 30, 60], [20, 180, 90]]
+        assert frames == (wanted if fmt is PixelFormat.RGB8 else [c[::-1] for c in wanted])
+        camera.close()
+
+
+def test_frames_limit_ends_the_stream(opened):
+    camera = opened(trigger="software", frames=3)
+    some_frames(camera, 3)
+    with pytest.raises(EndOfStream):
+        camera.grab(0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"serial": "42"}, "no camera with serial '42'; connected: .*0815-0000"),
+        ({}, "several cameras are connected; choose one by serial"),
+        ({"serial": "0815-0000", "features": {"Warp": 1}}, r"features\.Warp: this camera has no feature Warp"),
+        ({"serial": "0815-0000", "exposure_us": 1e12}, "exposure_us: .* was refused by ExposureTime"),
+    ],
+)
+def test_what_the_camera_refuses_is_said_with_its_option(options, message):
+    camera = PylonCamera(PylonOptions(driver="pylon", **options))
+    with pytest.raises(CameraError, match=message):
+        camera.open()
+    camera.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"serial": "1", "ip": "10.0.0.1"}, "one of serial, user_name or ip"),
+        ({"trigger_rate_hz": 5}, "needs trigger: software"),
+        ({"trigger": "hardware", "rate_fps": 5}, "free_run"),
+    ],
+)
+def test_options_that_contradict_one_another(options, message):
+    with pytest.raises(ValueError, match=message):
+        PylonOptions(driver="pylon", **options)
+
+
+def test_a_missing_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pypylon", None)
+    with pytest.raises(DriverMissing, match=r"pip install 'inspectord\[pylon\]'"):
+        PylonCamera(PylonOptions(driver="pylon"))

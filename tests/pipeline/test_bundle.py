@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.bundle import MANIFEST, WEIGHTS, BundleError, read_bundle, write_bundle
+from pipeline.preprocess import PreprocessSpec
+from pipeline.scoring import FrameArea
+
+
+@pytest.fixture
+def copy(tiny_bundle, tmp_path):
+    return shutil.copytree(tiny_bundle, tmp_path / "copy")
+
+
+def edit_manifest(folder, change):
+    """Change the manifest and make its checksum fit again, as a foreign writer would."""
+    from pipeline import bundle
+
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest.pop("checksum")
+    change(manifest)
+    manifest["checksum"] = bundle._sha256(bundle._canonical(manifest))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_what_is_written_is_what_is_read(tiny_bundle, tmp_path, rng):
+    bundle = read_bundle(tiny_bundle)
+    spec = PreprocessSpec(
+        64,
+        64,
+        roi=FrameArea(1, 2, 30, 40),
+        dark=rng.random((50, 60)).astype(np.float32),
+        flat=rng.random((50, 60)).astype(np.float32),
+        ignore=rng.random((50, 60)) < 0.2,
+    )
+    written = write_bundle(replace(bundle, model=replace(bundle.model, preprocess=spec)), tmp_path / "b")
+    read = read_bundle(tmp_path / "b")
+    assert read.model.preprocess.roi == spec.roi
+    for name in ("dark", "flat", "ignore"):
+        np.testing.assert_array_equal(getattr(read.model.preprocess, name), getattr(spec, name))
+    assert (read.quantiles, read.threshold) == (bundle.quantiles, bundle.threshold)
+    assert all(torch.equal(read.model.weights[k], v) for k, v in bundle.model.weights.items())
+    assert written.model_id == bundle.model_id, "same weights, same model"
+    assert written.calibration_id != bundle.calibration_id, "other preprocessing, other calibration"
+
+
+def test_manifest_is_readable_and_complete(tiny_bundle):
+    manifest = json.loads((tiny_bundle / MANIFEST).read_text())
+    assert manifest["architecture"]["geometry"]["map_width"] == 8
+    assert manifest["architecture"]["geometry"]["padding_cells"] == 4
+    assert manifest["calibration"]["quantile_levels"] == [0.9, 0.995]
+    assert len(manifest["training"]["fingerprint"]) == 64
+    assert set(manifest["versions"]) >= {"inspectord", "torch"}
+
+
+def test_truncated_weights_are_refused(copy):
+    blob = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(blob[: len(blob) // 2])
+    with pytest.raises(BundleError, match=r"weights\.safetensors: \d+ bytes instead of \d+: truncated"):
+        read_bundle(copy)
+
+
+def test_damaged_weights_are_refused(copy):
+    blob = bytearray((copy / WEIGHTS).read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (copy / WEIGHTS).write_bytes(blob)
+    with pytest.raises(BundleError, match="SHA-256 does not fit"):
+        read_bundle(copy)
+
+
+def test_truncated_manifest_is_refused(copy):
+    text = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(text[: len(text) // 2])
+    with pytest.raises(BundleError, match="not valid JSON, damaged or truncated"):
+        read_bundle(copy)
+
+
+def test_foreign_bundle_is_refused(copy):
+    (copy / MANIFEST).write_text('{"format": "anomalib/2", "model": "efficient_ad"}')
+    with pytest.raises(BundleError, match="format is 'anomalib/2', this version reads 'inspectord.bundle/1'"):
+        read_bundle(copy)
+
+
+def test_manifest_edited_by_hand_is_refused_and_says_where_to_set_a_threshold(copy):
+    text = (copy / MANIFEST).read_text()
+    manifest = json.loads(text)
+    manifest["calibration"]["threshold"] = 99.0
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="edited by hand .*configuration"):
+        read_bundle(copy)
+
+
+def test_missing_folder_and_missing_weights(tmp_path, copy):
+    with pytest.raises(BundleError, match="no such file"):
+        read_bundle(tmp_path / "nowhere")
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match="weights.safetensors: No such file"):
+        read_bundle(copy)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a bundle was unpickled",))
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
+def test_nothing_is_ever_unpickled(copy, name):
+    blob = pickle.dumps(Bomb())
+    (copy / name).write_bytes(blob)
+    if name == WEIGHTS:
+        import hashlib
+
+        facts = {"sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
+        edit_manifest(copy, lambda m: m["files"].update({WEIGHTS: facts}))
+    with pytest.raises(BundleError):
+        read_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["files"].update({"../../etc/passwd": {"sha256": "", "bytes": 0}}), "unknown file"),
+        (lambda m: m["architecture"]["geometry"].update(map_width=9), "map_width is 9"),
+        (lambda m: m["architecture"].update(size="huge"), "EfficientAD huge is not known"),
+        (lambda m: m["calibration"].pop("quantiles"), "'quantiles' is missing"),
+        (lambda m: m["calibration"]["quantiles"].update(st_b=-1.0), "must lie above"),
+        (lambda m: m["architecture"]["geometry"].update(image_width="64"), "must be integers"),
+    ],
+)
+def test_manifests_that_make_no_sense_are_refused(copy, change, message):
+    edit_manifest(copy, change)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(copy)
+
+
+@pytest.mark.parametrize("kind", ["missing", "shape", "nan"])
+def test_weights_that_do_not_fit_are_refused(copy, kind):
+    import hashlib
+
+    weights = load_file(copy / WEIGHTS)
+    if kind == "missing":
+        del weights["student.0.weight"]
+    elif kind == "shape":
+        weights["student.0.weight"] = torch.zeros(1)
+    else:
+        weights["student.0.weight"][0, 0, 0, 0] = float("nan")
+    save_file(weights, copy / WEIGHTS)
+    blob = (copy / WEIGHTS).read_bytes()
+    facts = {"sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
+    edit_manifest(copy, lambda m: m["files"].update({WEIGHTS: facts}))
+    with pytest.raises(BundleError, match=r"student\.0\.weight"):
+        read_bundle(copy)

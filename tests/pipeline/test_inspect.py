@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from drivers.frame import Frame, FrameStatus, PixelFormat
+from pipeline.bundle import read_bundle
+from pipeline.engine import CpuEngine, EngineUnavailable, RawMaps, make_engine
+from pipeline.inspect import Inspector, Outcome, Reason, judge
+from pipeline.plausible import PlausibilityCheck, PlausibleLimits
+
+
+class CannedEngine:
+    """Returns the maps it was given."""
+
+    device = "canned"
+
+    def __init__(self, st, ae):
+        self.maps = RawMaps(st, ae, 1, 2)
+
+    def warm_up(self):
+        pass
+
+    def raw_maps(self, image, fmt):
+        return self.maps
+
+
+class BrokenEngine(CannedEngine):
+    """Fails at every frame."""
+
+    def __init__(self):
+        pass
+
+    def raw_maps(self, image, fmt):
+        raise RuntimeError("device lost")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    return read_bundle(tiny_bundle)
+
+
+@pytest.fixture
+def part(rng):
+    image = rng.integers(40, 200, (96, 96, 3)).astype(np.uint8)
+    return Frame(FrameStatus.COMPLETE, "part", image=image, pixel_format=PixelFormat.BGR8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_value_that_is_not_finite_anywhere_is_invalid_engine(bundle, part, value, which):
+    maps = [np.zeros((8, 8), np.float32), np.zeros((8, 8), np.float32)]
+    maps[which][3, 4] = value
+    found = Inspector(bundle, CannedEngine(*maps)).inspect(part)
+    assert (found.outcome, found.reason, found.score) == (Outcome.INVALID, Reason.ENGINE, None)
+
+
+def test_finite_maps_that_overflow_on_the_way_are_invalid_engine(bundle, part):
+    huge = np.full((8, 8), 3e38, np.float32)
+    found = Inspector(bundle, CannedEngine(huge, huge)).inspect(part)
+    assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.ENGINE)
+
+
+def test_weights_gone_bad_in_memory_are_invalid_engine(bundle, part):
+    engine = CpuEngine(bundle.model)
+    with torch.no_grad():
+        next(engine._networks.student.parameters())[0, 0, 0, 0] = float("nan")
+    found = Inspector(bundle, engine).inspect(part)
+    assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.ENGINE)
+
+
+def test_an_exception_in_the_engine_is_invalid_engine_and_the_next_part_is_judged(bundle, part):
+    inspector = Inspector(bundle, BrokenEngine())
+    found = inspector.inspect(part)
+    assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.ENGINE)
+    assert "device lost" in found.detail
+    assert isinstance(found.error, RuntimeError)
+    inspector.engine = CpuEngine(bundle.model)
+    assert inspector.inspect(part).outcome in (Outcome.OK, Outcome.NG)
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "outcome"),
+    [
+        (0.5, 0.5, "OK"),
+        (np.nextafter(0.5, 1), 0.5, "NG"),
+        (float("nan"), 0.5, "INVALID"),
+        (float("inf"), 0.5, "INVALID"),
+        (-float("inf"), 0.5, "INVALID"),
+        (0.1, float("nan"), "INVALID"),
+        (0.1, float("inf"), "INVALID"),
+    ],
+)
+def test_ok_must_be_proven(score, threshold, outcome):
+    assert judge(score, threshold) == outcome
+
+
+@pytest.mark.parametrize("status", [s for s in FrameStatus if s is not FrameStatus.COMPLETE])
+def test_every_bad_status_has_its_reason_word(bundle, status):
+    found = Inspector(bundle, BrokenEngine()).inspect(Frame(status, "x", detail="why"))
+    assert (found.outcome, found.reason, found.detail) == (Outcome.INVALID, status.value, "why")
+
+
+def test_ng_part_has_regions_in_the_full_frame_and_ok_part_has_none(bundle, part):
+    engine = CpuEngine(bundle.model)
+    strict, lenient = Inspector(bundle, engine, threshold=-1.0), Inspector(bundle, engine, threshold=1e9)
+    ng, ok = strict.inspect(part), lenient.inspect(part)
+    assert (ng.outcome, ok.outcome) == (Outcome.NG, Outcome.OK)
+    assert ng.score == ok.score
+    assert ng.regions[0].width <= 96
+    assert max(r.peak for r in ng.regions) == pytest.approx(ng.score)
+    assert ok.regions == []
+    areas = [r.area_px for r in ng.regions]
+    assert areas == sorted(areas, reverse=True)
+
+
+def test_a_frame_that_does_not_fit_the_format_is_invalid_format(bundle, part):
+    part.pixel_format = PixelFormat.MONO8
+    found = Inspector(bundle, CpuEngine(bundle.model)).inspect(part)
+    assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.FORMAT)
+
+
+# Plausible images
+
+
+def check(limits=None):
+    return PlausibilityCheck(limits or PlausibleLimits())
+
+
+@pytest.mark.parametrize("fmt", [PixelFormat.MONO8, PixelFormat.MONO12])
+def test_black_and_saturated_frames(fmt, rng):
+    noise = rng.integers(0, fmt.max_value // 100, (64, 64)).astype(fmt.dtype)
+    assert "black" in (check().problem(noise, fmt) or "")
+    assert "saturated" in (check().problem(np.full((64, 64), fmt.max_value, fmt.dtype), fmt) or "")
+    assert check().problem((noise + fmt.max_value // 2).astype(fmt.dtype), fmt) is None
+
+
+def test_a_few_hot_pixels_do_not_make_a_black_frame_plausible():
+    image = np.zeros((400, 400), np.uint8)
+    image[200, ::80] = 255
+    assert "black" in (check().problem(image, PixelFormat.MONO8) or "")
+
+
+def test_frozen_frames_from_the_configured_repetition_on(rng):
+    image = rng.integers(0, 255, (64, 64)).astype(np.uint8)
+    checker = check(PlausibleLimits(frozen_frames=3))
+    problems = [checker.problem(image.copy(), PixelFormat.MONO8) for _ in range(4)]
+    assert [p is None for p in problems] == [True, True, False, False]
+    image[1, 1] ^= 1  # one pixel that the quick look does not sample
+    assert checker.problem(image, PixelFormat.MONO8) is None
+
+
+def test_every_limit_can_be_switched_off():
+    checker = check(PlausibleLimits(black_below=0, saturated_above=1, frozen_frames=0))
+    for image in (np.zeros((8, 8), np.uint8), np.full((8, 8), 255, np.uint8)):
+        for _ in range(3):
+            assert checker.problem(image, PixelFormat.MONO8) is None
+
+
+# Choosing the engine
+
+
+def test_cuda_asked_for_and_missing_is_an_error_and_auto_says_why(bundle, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineUnavailable, match="device: cuda was asked for, but PyTorch finds no CUDA device"):
+        make_engine(bundle.model, "cuda")
+    choice = make_engine(bundle.model, "auto")
+    assert choice.engine.device == "cpu"
+    assert "no CUDA device" in choice.because
