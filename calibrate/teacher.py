@@ -17,6 +17,13 @@ def random_teacher(size: PdnSize, geometry: Geometry, seed: int) -> nn.Sequentia
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         teacher = pdn(size, TEACHER_CHANNELS, padded=geometry.padded)
+        for layer in teacher:
+            if isinstance(layer, nn.Conv2d):  # He et al. 2015: features keep their scale through the depth
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        # Most first filters look at structure, not at brightness: random edge and texture detectors.
+        structural = teacher[0].weight.data[teacher[0].out_channels // 8 :]  # type: ignore[index,operator]
+        structural -= structural.mean(dim=(1, 2, 3), keepdim=True)
     return teacher.requires_grad_(False).eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import time
 from dataclasses import asdict, dataclass, field
@@ -62,6 +63,7 @@ class TrainOptions:
     pixel_format: PixelFormat | None = None
     steps: int = 2000
     seed: int = 0
+    learning_rate: float = LEARNING_RATE
     held_out_share: float = 0.1
     false_reject_rate: float = 0.01
     losses: LossOptions = field(default_factory=LossOptions)
@@ -127,13 +129,18 @@ class _Run:
         self.preprocess = Preprocessor(options.preprocess)
         self.images = self._prepared(good.train, options.cache_mib)
         self.tiles = options.geometry.tiles()
+        _ = self.images[0]  # region, mask and corrections must fit the images before any work is done
+        try:
+            self.scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         self.natural_files = _natural_files(options)
         torch.manual_seed(options.seed)
         self.model = EfficientAD(options.size, options.geometry).to(device)
         if device.type == "cpu":
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
-        self.optimizer = torch.optim.Adam(learnt, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY)
 
     def _prepared(self, files: list[ImageFile], cache_mib: int) -> PreparedImages:
         return PreparedImages(files, self.preprocess, self.options.pixel_format, cache_mib)
@@ -154,6 +161,7 @@ class _Run:
         return {
             "steps": o.steps,
             "seed": o.seed,
+            "learning_rate": o.learning_rate,
             "size": o.size,
             "geometry": o.geometry.to_json(),
             "roi": None if spec.roi is None else asdict(spec.roi),
@@ -182,7 +190,7 @@ class _Run:
         natural = self._natural(rng) if options.losses.penalty and self.natural_files else None
         late = step >= int(LATE_FROM_SHARE * options.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (LATE_LEARNING_RATE_FACTOR if late else 1.0)
+            group["lr"] = options.learning_rate * (LATE_LEARNING_RATE_FACTOR if late else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             losses = efficientad_losses(
@@ -256,10 +264,9 @@ def _calibrate(run: _Run, settings: dict[str, Any]) -> Bundle:
     options = run.options
     weights = {name: tensor.detach().cpu() for name, tensor in run.model.state_dict().items()}
     model = Model(options.size, options.geometry, options.preprocess, weights)
-    scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
     maps = run.held_out_maps(model)
-    quantiles = map_quantiles(maps, scorer)
-    threshold = choose_threshold(score_maps(maps, scorer, quantiles), options.false_reject_rate)
+    quantiles = map_quantiles(maps, run.scorer)
+    threshold = choose_threshold(score_maps(maps, run.scorer, quantiles), options.false_reject_rate)
     return Bundle(
         model=model,
         quantiles=quantiles,
@@ -325,8 +332,6 @@ def _precision(choice: Precision, device: torch.device) -> str:
 
 
 def _digest(data: bytes | None) -> str | None:
-    import hashlib
-
     return None if data is None else hashlib.sha256(data).hexdigest()
 
 

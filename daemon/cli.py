@@ -87,7 +87,7 @@ def watch(
 def demo(
     folder: Annotated[Path, typer.Option(help="where bundle, configuration and picture go")] = Path("runs/demo"),
     parts: Annotated[int, typer.Option(min=8, max=10_000, help="parts to inspect")] = 40,
-    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 400,
 ) -> None:
     """Show the whole thing on the simulated line: train a small model, run the daemon, watch it."""
     from daemon.demo import run_demo

@@ -77,7 +77,7 @@ class PartRenderer:
         plate.draw_defect(kind, np.random.default_rng([options.seed, index, 2]))
         changed = np.abs(plate.image - good).max(axis=2) > 0.02
 
-        turn_deg, shift = rng.uniform(-1.5, 1.5), rng.uniform(-0.012, 0.012, 2) * size
+        turn_deg, shift = rng.uniform(-1.0, 1.0), rng.uniform(-0.008, 0.008, 2) * size
         pose = cv2.getRotationMatrix2D((size / 2, size / 2), float(turn_deg), 1.0)
         pose[:, 2] += shift + np.array([(options.width - size) / 2, (options.height - size) / 2])
         frame_size = (options.width, options.height)
@@ -85,7 +85,7 @@ class PartRenderer:
         coverage = cv2.warpAffine(plate.coverage, pose, frame_size, flags=cv2.INTER_LINEAR)[..., None]
         mask = cv2.warpAffine(changed.astype(np.uint8), pose, frame_size, flags=cv2.INTER_NEAREST) > 0
 
-        belt = 0.13 + 0.015 * _smooth_noise(rng, options.height, options.width, 3.0)[..., None]
+        belt = 0.13 + 0.008 * _smooth_noise(rng, options.height, options.width, 3.0)[..., None]
         scene = plate_image * coverage + belt * (1.0 - coverage)
         light = 1.0 + 0.05 * np.sin(2 * np.pi * index / _LIGHT_PERIOD_FRAMES) + rng.normal(0, 0.01)
         ramp = np.linspace(0.97, 1.03, options.width, dtype=np.float32)[None, :, None]
@@ -104,7 +104,7 @@ class _Plate:
         brushed = np.asarray(cv2.GaussianBlur(noise, (0, 0), size / 24, sigmaY=0.7), np.float32)
         brushed /= brushed.std()
         tone = np.array([0.60, 0.62, 0.66], np.float32)
-        self.image = (tone * (1.0 + 0.045 * brushed[..., None])).astype(np.float32)
+        self.image = (tone * (1.0 + 0.03 * brushed[..., None])).astype(np.float32)
         self.coverage = np.zeros((size, size), np.float32)
         low, high = self._px(0.12), self._px(0.88)
         cv2.rectangle(self.coverage, (low, low), (high, high), 1.0, -1, cv2.LINE_AA)
@@ -152,7 +152,7 @@ class _Plate:
         path = np.clip(path + np.cumsum(rng.normal(0, 0.004, path.shape), axis=0), 0.15, 0.85)
         points = np.rint(path * self.size).astype(np.int32)
         bright = (0.97, 0.97, 0.97) if rng.random() < 0.5 else (0.2, 0.2, 0.2)
-        cv2.polylines(self.image, [points], False, bright, max(1, self._px(0.008)), cv2.LINE_AA)
+        cv2.polylines(self.image, [points], False, bright, max(1, self._px(0.012)), cv2.LINE_AA)
 
     def _stain(self, rng: np.random.Generator) -> None:
         centre, axes = rng.uniform(0.3, 0.7, 2), rng.uniform(0.03, 0.08, 2)

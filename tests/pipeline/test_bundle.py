@@ -85,7 +85,7 @@ def test_truncated_manifest_is_refused(copy):
 
 def test_foreign_bundle_is_refused(copy):
     (copy / MANIFEST).write_text('{"format": "anomalib/2", "model": "efficient_ad"}')
-    with pytest.raises(BundleError, match="format is 'anomalib/2', this version reads 'inspectord.bundle/1'"):
+    with pytest.raises(BundleError, match=r"format is 'anomalib/2', this version reads 'inspectord\.bundle/1'"):
         read_bundle(copy)
 
 
@@ -94,7 +94,7 @@ def test_manifest_edited_by_hand_is_refused_and_says_where_to_set_a_threshold(co
     manifest = json.loads(text)
     manifest["calibration"]["threshold"] = 99.0
     (copy / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="edited by hand .*configuration"):
+    with pytest.raises(BundleError, match=r"edited by hand .*configuration"):
         read_bundle(copy)
 
 
@@ -102,7 +102,7 @@ def test_missing_folder_and_missing_weights(tmp_path, copy):
     with pytest.raises(BundleError, match="no such file"):
         read_bundle(tmp_path / "nowhere")
     (copy / WEIGHTS).unlink()
-    with pytest.raises(BundleError, match="weights.safetensors: No such file"):
+    with pytest.raises(BundleError, match=r"weights\.safetensors: No such file"):
         read_bundle(copy)
 
 

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from calibrate.checkpoint import FILE, CheckpointError, read_progress
+from calibrate.dataset import DatasetError, load_good_images, load_test_images
+from calibrate.evaluate import evaluate
+from calibrate.train import Listener, TrainingError, TrainingStopped, TrainOptions, train
+from pipeline.bundle import read_bundle
+from pipeline.geometry import Geometry
+from pipeline.preprocess import PreprocessSpec
+
+
+class Notes(Listener):
+    """Remembers what training said, and stops it after a given step."""
+
+    def __init__(self, stop_after=None):
+        self.said, self.steps, self.stop_after = [], [], stop_after
+
+    def say(self, message):
+        self.said.append(message)
+
+    def step(self, done, total, losses):
+        self.steps.append((done, losses))
+
+    def should_stop(self):
+        return self.stop_after is not None and self.steps[-1][0] >= self.stop_after
+
+
+@pytest.fixture
+def options(good_parts, tmp_path):
+    return TrainOptions(
+        dataset=good_parts,
+        out=tmp_path / "out",
+        geometry=Geometry(64, 64),
+        preprocess=PreprocessSpec(64, 64),
+        steps=5,
+        precision="fp32",
+        held_out_share=0.25,
+    )
+
+
+def same_weights(a, b):
+    return all(torch.equal(a.model.weights[k], v) for k, v in b.model.weights.items())
+
+
+def test_the_same_seed_gives_the_same_bundle_and_another_seed_another(options, tmp_path):
+    first = train(options)
+    assert same_weights(first, train(replace(options, out=tmp_path / "again")))
+    assert not same_weights(first, train(replace(options, out=tmp_path / "other", seed=1)))
+
+
+def test_stopped_and_resumed_is_the_same_as_never_stopped(options, tmp_path):
+    whole = train(replace(options, out=tmp_path / "whole"))
+    with pytest.raises(TrainingStopped, match="stopped at step 3 of 5"):
+        train(options, Notes(stop_after=3))
+    notes = Notes()
+    resumed = train(options, notes)
+    assert "resuming from the checkpoint at step 3 of 5" in notes.said
+    assert [done for done, _ in notes.steps] == [4, 5]
+    assert same_weights(whole, resumed)
+    assert resumed.threshold == whole.threshold
+    assert not (options.out / FILE).exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused_unless_told_to_restart(options):
+    with pytest.raises(TrainingStopped):
+        train(options, Notes(stop_after=2))
+    with pytest.raises(CheckpointError, match="different: seed, steps"):
+        train(replace(options, steps=6, seed=2))
+    assert read_progress(options.out).step == 2
+    notes = Notes()
+    train(replace(options, steps=6, restart=True), notes)
+    assert notes.steps[0][0] == 1
+
+
+def test_a_damaged_checkpoint_says_what_to_do(options):
+    options.out.mkdir()
+    (options.out / FILE).write_bytes(b"half a checkpoint")
+    with pytest.raises(CheckpointError, match="--restart"):
+        train(options)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(options, monkeypatch):
+    with pytest.raises(TrainingStopped):
+        train(options, Notes(stop_after=2))
+    before = (options.out / FILE).read_bytes()
+
+    def no_space(_fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        train(replace(options, checkpoint_s=0))
+    assert (options.out / FILE).read_bytes() == before
+    assert [p.name for p in options.out.iterdir()] == [FILE]
+
+
+def test_a_finished_bundle_is_not_overwritten_by_accident(options):
+    train(options)
+    with pytest.raises(TrainingError, match="--overwrite"):
+        train(options)
+    train(replace(options, overwrite=True))
+
+
+def test_the_learning_rate_drops_at_95_percent_of_the_steps(options, monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    train(replace(options, steps=20))
+    assert rates == pytest.approx([1e-4] * 19 + [1e-5])
+
+
+def test_losses_fall(options):
+    notes = Notes()
+    train(replace(options, steps=25, learning_rate=1e-3), notes)
+    hard = [losses["hard"] for _, losses in notes.steps]
+    assert np.mean(hard[-5:]) < 0.7 * np.mean(hard[:5])
+
+
+def test_natural_images_switch_the_penalty_on(options, tmp_path, rng):
+    folder = tmp_path / "natural"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "n.png"), rng.integers(0, 256, (80, 80, 3)).astype(np.uint8))
+    notes = Notes()
+    train(replace(options, natural=folder, steps=2), notes)
+    assert notes.steps[0][1]["penalty"] > 0
+
+
+def test_medium_padded_tiled_and_larger_images_train_too(options, tmp_path):
+    for name, geometry, size in (
+        ("tiled", Geometry(128, 96, tile_rows=1, tile_columns=2), "small"),
+        ("padded", Geometry(64, 64, padded=True), "small"),
+        ("medium", Geometry(64, 64), "medium"),
+    ):
+        spec = PreprocessSpec(geometry.image_width, geometry.image_height)
+        out = tmp_path / name
+        train(replace(options, out=out, geometry=geometry, preprocess=spec, size=size, steps=1))
+        assert read_bundle(out).model.geometry == geometry
+
+
+def test_the_random_teacher_is_announced(options):
+    notes = Notes()
+    train(replace(options, steps=1), notes)
+    assert any("random weights" in line for line in notes.said)
+    assert read_bundle(options.out).teacher["origin"].startswith("random weights")
+
+
+def test_mask_that_ignores_everything_is_said_before_training(options):
+    spec = replace(options.preprocess, ignore=np.ones((96, 96), bool))
+    notes = Notes()
+    with pytest.raises(TrainingError, match="leaves nothing to inspect"):
+        train(replace(options, preprocess=spec), notes)
+    assert notes.steps == []
+
+
+def test_images_that_do_not_fit_the_region_are_named(options):
+    spec = replace(options.preprocess, ignore=np.zeros((10, 10), bool))
+    with pytest.raises(DatasetError, match=r"good_\d+\.png: .*ignore mask is 10×10"):
+        train(replace(options, preprocess=spec))
+
+
+# Data sets
+
+
+def test_split_is_seeded_disjoint_and_complete(good_parts):
+    a, b = load_good_images(good_parts, 0.25, 1), load_good_images(good_parts, 0.25, 1)
+    assert (a.train, a.held_out) == (b.train, b.held_out)
+    assert len(a.held_out) == 3
+    assert {f.name for f in a.train} | {f.name for f in a.held_out} == {p.name for p in good_parts.iterdir()}
+    assert not set(a.train) & set(a.held_out)
+    assert load_good_images(good_parts, 0.25, 2).held_out != a.held_out
+
+
+def test_mvtec_trees_are_found(good_parts, tmp_path):
+    shutil.copytree(good_parts, tmp_path / "train" / "good")
+    assert len(load_good_images(tmp_path, 0.1, 0).train) == 11
+
+
+def test_zero_and_one_image_are_errors(tmp_path, good_parts):
+    with pytest.raises(DatasetError, match="0 usable images"):
+        load_good_images(tmp_path, 0.1, 0)
+    shutil.copy(good_parts / "good_0.png", tmp_path)
+    with pytest.raises(DatasetError, match=r"1 usable images .* at least 2"):
+        load_good_images(tmp_path, 0.1, 0)
+    with pytest.raises(DatasetError, match="no such folder"):
+        load_good_images(tmp_path / "missing", 0.1, 0)
+
+
+def test_corrupt_files_are_listed_and_more_than_5_percent_are_an_error(good_parts, tmp_path):
+    for copy in range(2):
+        shutil.copytree(good_parts, tmp_path / str(copy))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert [name for name, _ in load_good_images(tmp_path, 0.1, 0).corrupt] == ["bad.png"]
+    (tmp_path / "bad2.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"2 of 26 files cannot be read[\s\S]*bad\.png"):
+        load_good_images(tmp_path, 0.1, 0)
+
+
+@pytest.fixture
+def test_tree(tmp_path, good_parts):
+    from drivers.synthetic import PartRenderer, SyntheticOptions
+
+    shutil.copytree(good_parts, tmp_path / "test" / "good")
+    line = PartRenderer(SyntheticOptions(seed=3, width=96, height=96))
+    for kind in ("stain", "scratch"):
+        (tmp_path / "test" / kind).mkdir()
+        for i in range(3):
+            cv2.imwrite(str(tmp_path / "test" / kind / f"{i}.png"), line.render(500 + i, kind).raw)
+    return tmp_path
+
+
+def test_evaluate_prints_what_a_ranking_by_hand_gives(test_tree, tiny_bundle):
+    bundle = read_bundle(tiny_bundle)
+    result = evaluate(bundle, test_tree, "cpu")
+    from calibrate.dataset import read_frame
+    from pipeline.engine import CpuEngine
+    from pipeline.scoring import Scorer, combine_maps
+
+    engine, scorer = CpuEngine(bundle.model), Scorer(bundle.model.geometry)
+    scores = {}
+    for file, kind in load_test_images(test_tree):
+        frame = read_frame(file)
+        raw = engine.raw_maps(frame.image, frame.pixel_format)
+        combined = combine_maps(raw.student_teacher, raw.autoencoder, bundle.quantiles)
+        scores.setdefault(kind, []).append(scorer.stretch(combined).max())
+    pairs = [(g < d) + 0.5 * (g == d) for g in scores["good"] for k in ("stain", "scratch") for d in scores[k]]
+    assert result.auroc == pytest.approx(np.mean(pairs))
+    assert result.false_rejects == sum(s > bundle.threshold for s in scores["good"])
+    assert {k: v.images for k, v in result.kinds.items()} == {"scratch": 3, "stain": 3}
+
+
+def test_layouts_that_cannot_be_evaluated(tmp_path, good_parts):
+    with pytest.raises(DatasetError, match="no folder `good`"):
+        load_test_images(tmp_path)
+    shutil.copytree(good_parts, tmp_path / "good")
+    with pytest.raises(DatasetError, match="12 good and 0 defective"):
+        load_test_images(tmp_path)

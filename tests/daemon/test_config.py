@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from daemon.config import load_config
+from daemon.yaml_errors import ConfigError
+
+
+@pytest.fixture
+def good(tiny_bundle, good_parts):
+    return {
+        "station": "bench",
+        "camera": {"driver": "replay", "path": str(good_parts)},
+        "model": str(tiny_bundle),
+        "publish": {"verdicts": "tcp://127.0.0.1:5550", "maps": ["ipc:///tmp/maps.sock", "tcp://*:5551"]},
+    }
+
+
+def complaint(tmp_path, text):
+    path = tmp_path / "station.yaml"
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text, sort_keys=False))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    return str(caught.value).replace(str(path), "FILE")
+
+
+def test_a_good_configuration_with_its_defaults(good, tmp_path):
+    path = tmp_path / "station.yaml"
+    path.write_text(yaml.safe_dump(good))
+    config = load_config(path)
+    assert config.publish.verdicts == ["tcp://127.0.0.1:5550"]
+    assert config.publish.maps == ["ipc:///tmp/maps.sock", "tcp://*:5551"]
+    assert (config.device, config.slots, config.on_overload, config.threshold) == ("auto", 4, None, None)
+
+
+def test_every_problem_is_reported_at_once_with_its_line(good, tmp_path):
+    text = """\
+station: line/1
+camera:
+  driver: replay
+  path: /nowhere/at/all
+  rate_fps: -3
+  colour: blue
+model: /no/bundle
+publish:
+  verdicts: tcp://127.0.0.1:99999
+treshold: 0.5
+"""
+    lines = complaint(tmp_path, text).splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"FILE:{n}" for n in (1, 4, 5, 6, 7, 9, 10)]
+    assert "station: string should match pattern" in lines[0]
+    assert "camera.path: nothing there: /nowhere/at/all" in lines[1]
+    assert "camera.rate_fps: input should be greater than 0 (given: -3)" in lines[2]
+    assert (
+        "camera.colour: unknown key; allowed here: driver, frames, loop, path, pixel_format, rate_fps" in lines[3]
+    )
+    assert "model: /no/bundle: no such folder; train a bundle with" in lines[4]
+    assert "publish.verdicts.0: 'tcp://127.0.0.1:99999' is not an endpoint; write tcp://" in lines[5]
+    assert "treshold: unknown key; allowed here: camera, device, log" in lines[6]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("station: [unclosed\nmodel: x\n", "FILE:2: not valid YAML"),
+        ("", "FILE:1: expected keys and values"),
+        ("- a\n- b\n", "FILE:1: expected keys and values"),
+        ("station: a\nstation: b\n", "FILE:2: station: given twice (also in line 1)"),
+        (
+            "station: a\ncamera: {driver: webcam}\nmodel: x\n",
+            "camera: 'webcam' is unknown; allowed: synthetic, replay",
+        ),
+        ("station: a\ncamera: {path: x}\nmodel: x\n", "camera: missing key driver"),
+        ("station: a\n", "FILE:1: camera: missing; it must be given"),
+        ("station: a\ncamera: 7\n", "FILE:2: camera"),
+    ],
+)
+def test_broken_files(text, message, tmp_path):
+    assert message in complaint(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        (None, "threshold", float("nan"), "threshold: input should be a finite number"),
+        (None, "threads", 0, "threads: input should be greater than or equal to 1"),
+        (None, "device", "gpu", "device: input should be 'auto', 'cpu' or 'cuda' (given: 'gpu')"),
+        (None, "slots", "many", "slots: input should be a valid integer"),
+        (None, "on_overload", "drop", "on_overload: input should be 'wait' or 'invalid'"),
+        ("publish", "verdicts", "udp://127.0.0.1:1", "is not an endpoint"),
+        ("publish", "verdicts", [], "publish.verdicts"),
+        ("camera", "pixel_format", "YUV", "camera.pixel_format: input should be 'Mono8', 'Mono10'"),
+    ],
+)
+def test_impossible_values_name_what_is_allowed(good, tmp_path, section, key, value, message):
+    (good[section] if section else good)[key] = value
+    assert message in complaint(tmp_path, good)
+
+
+def test_options_of_one_driver_are_listed_when_another_ones_are_used(good, tmp_path):
+    good["camera"] = {"driver": "pylon", "path": "x"}
+    text = complaint(tmp_path, good)
+    assert "camera.path: unknown key; allowed here: driver, exposure_us, features, frames, gain" in text
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "missing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"station: caf\xe9\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_state_folder_follows_systemd_then_xdg_then_home(good, tmp_path, monkeypatch):
+    path = tmp_path / "station.yaml"
+    path.write_text(yaml.safe_dump(good))
+    config = load_config(path)
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", "/x")
+    assert config.state_folder() == Path("/x/inspectord/bench")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/inspectord")
+    assert config.state_folder() == Path("/var/lib/inspectord/bench")
+    good["state_dir"] = "/mine"
+    path.write_text(yaml.safe_dump(good))
+    assert load_config(path).state_folder() == Path("/mine/bench")

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from daemon.channels import Channel, Torn, Worker
+from daemon.messages import MAX_EXACT_INTEGER, frame_message, map_bytes, rfc3339
+from daemon.ring import FrameRing
+from daemon.sequence import SequenceFile, StateError
+from daemon.tally import STAGES, Tally, summarise
+from drivers.frame import Frame, FrameStatus, PixelFormat
+from pipeline.inspect import Outcome, Reason
+
+# Sequence numbers
+
+
+def test_numbers_are_gapless_over_restarts(tmp_path):
+    with SequenceFile(tmp_path) as numbers:
+        assert [numbers.next() for _ in range(3)] == [1, 2, 3]
+        numbers.mark_published(3)
+    with SequenceFile(tmp_path) as numbers:
+        assert list(numbers.without_verdict()) == []
+        assert numbers.next() == 4
+
+
+def test_numbers_survive_kill_9_and_those_without_a_verdict_are_known(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from daemon.sequence import SequenceFile\n"
+        "s = SequenceFile(Path(sys.argv[1])); [s.next() for _ in range(7)]; s.mark_published(4)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
+    with SequenceFile(tmp_path) as numbers:
+        assert list(numbers.without_verdict()) == [5, 6, 7]
+        assert numbers.next() == 8
+
+
+def test_one_station_has_one_daemon(tmp_path):
+    with SequenceFile(tmp_path), pytest.raises(StateError, match="another inspectord runs this station"):
+        SequenceFile(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"x" * 24, b"short", b"INSPSEQ1" + b"\0" * 8 + b"\1" + b"\0" * 7])
+def test_a_damaged_state_file_is_refused_not_reset(tmp_path, content):
+    (tmp_path / "sequence").write_bytes(content)
+    with pytest.raises(StateError, match="delete it to count from 1 again"):
+        SequenceFile(tmp_path)
+
+
+def test_an_unusable_state_folder_says_what_to_set(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="set state_dir"):
+        SequenceFile(tmp_path / "file" / "below")
+
+
+# Ring and channels
+
+
+def test_slots_are_copied_into_reused_and_limited(rng):
+    ring = FrameRing(2)
+    a, b = ring.lease(0), ring.lease(0)
+    assert ring.lease(0) is None
+    image = rng.integers(0, 4096, (5, 7)).astype(np.uint16)
+    stored = a.store(image)
+    image[:] = 0
+    assert stored.any()
+    memory = a.memory
+    ring.give_back(a)
+    again = ring.lease(0)
+    assert again.store(np.ones((3, 3), np.uint8)).base is not None
+    assert again.memory is memory, "no new memory for a smaller frame"
+    ring.give_back(again)
+    ring.give_back(b)
+    assert ring.free_slots == 2
+
+
+def test_a_full_channel_makes_its_writer_wait_and_gives_up_when_the_station_is_torn_down():
+    torn = threading.Event()
+    channel = Channel(1, torn)
+    channel.put(1)
+    assert not channel.try_put(2)
+    torn.set()
+    with pytest.raises(Torn):
+        channel.put(2)
+    assert channel.get() == 1
+    with pytest.raises(Torn):
+        channel.get()
+
+
+def test_a_workers_failure_is_kept_and_tells_the_others():
+    torn = threading.Event()
+
+    def fail():
+        raise RuntimeError("broken")
+
+    worker = Worker("w", fail, torn)
+    worker.start()
+    worker.join()
+    assert torn.is_set()
+    assert str(worker.failure) == "broken"
+
+
+# Counts and messages
+
+
+def test_seen_is_ok_plus_ng_plus_invalid_plus_in_flight():
+    tally = Tally()
+    tally.saw(5)
+    tally.published(1, Outcome.OK, None, (1000, 2000, 3000, 4000, 10000))
+    tally.published(2, Outcome.NG, None, (3000, 2000, 3000, 4000, 12000))
+    tally.published(3, Outcome.INVALID, Reason.LOST, None)
+    totals = tally.totals()
+    assert (totals.ok, totals.ng, totals.invalid, totals.in_flight, totals.last_sequence) == (1, 1, 1, 2, 3)
+    summary = summarise(tally, 2.0)
+    assert summary.percentiles_ms["grab"] == pytest.approx((2, 2.9, 2.98, 3))
+    assert set(summary.percentiles_ms) == set(STAGES)
+    assert "5 frames: 1 OK, 1 NG, 1 INVALID (1 lost)" in str(summary)
+
+
+def test_latency_memory_does_not_grow():
+    tally = Tally()
+    memory = tally._latency_us
+    for number in range(70_000):
+        tally.published(number, Outcome.OK, None, (1, 2, 3, 4, 5))
+    assert tally._latency_us is memory
+    assert len(tally.latencies_us()) == 65536
+
+
+def test_times_are_rfc_3339_in_utc_with_microseconds():
+    assert rfc3339(1_700_000_000_123_456_789) == "2023-11-14T22:13:20.123456Z"
+
+
+def test_device_counters_travel_as_strings_because_they_may_exceed_2_to_the_53():
+    frame = Frame(FrameStatus.LOST, "s", device_id=2**64 - 2, device_timestamp_ns=2**60)
+    message = frame_message(frame)
+    assert message.device_id == str(2**64 - 2)
+    assert int(message.device_timestamp_ns) > MAX_EXACT_INTEGER
+    assert (message.width, message.height, message.pixel_format) == (None, None, None)
+    image = np.zeros((4, 6), np.uint8)
+    message = frame_message(Frame(FrameStatus.COMPLETE, "s", image=image, pixel_format=PixelFormat.MONO8))
+    assert (message.width, message.height, message.pixel_format) == (6, 4, "Mono8")
+
+
+def test_maps_are_little_endian_float32_row_by_row(rng):
+    values = rng.random((3, 4)).astype(">f8")
+    read = np.frombuffer(map_bytes(values.T), "<f4").reshape(4, 3)
+    np.testing.assert_allclose(read, values.T, rtol=1e-6)
+
+
+def test_log_lines_are_json_where_there_is_no_terminal():
+    code = (
+        "import structlog; from daemon.log import configure_logging; configure_logging()\n"
+        "structlog.get_logger().bind(station='s').info('hello', sequence=3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    line = json.loads(done.stderr)
+    assert (line["station"], line["sequence"], line["event"], line["level"]) == ("s", 3, "hello", "info")

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from calibrate.checkpoint import FILE
+from tests.system.line import PATIENCE_S, REPOSITORY, free_port
+from tests.system.test_run import SYNTHETIC
+
+
+def inspectord(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "daemon.cli", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+        **options,
+    )
+
+
+@pytest.fixture
+def config(tmp_path, tiny_bundle):
+    def write(**changes):
+        endpoints = {"verdicts": f"tcp://127.0.0.1:{free_port()}"}
+        content = {"station": "cli", "camera": SYNTHETIC, "model": str(tiny_bundle), "publish": endpoints}
+        path = tmp_path / "station.yaml"
+        path.write_text(yaml.safe_dump({**content, "state_dir": str(tmp_path / "state"), **changes}))
+        return path
+
+    return write
+
+
+def test_a_broken_configuration_is_exit_code_2_with_every_line(config):
+    path = config(camera={"driver": "replay", "path": "/nowhere", "speed": 3}, slots=1)
+    for command in ("run", "check"):
+        done = inspectord(command, "-c", path)
+        assert done.returncode == 2
+        assert "camera.path: nothing there: /nowhere" in done.stderr
+        assert "camera.speed: unknown key; allowed here" in done.stderr
+        assert "slots: input should be greater than or equal to 3" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_check_opens_everything_and_says_what_it_found(config):
+    done = inspectord("check", "-c", config())
+    assert done.returncode == 0, done.stderr
+    words = [line.split(":")[0] for line in done.stdout.splitlines()]
+    assert words == ["configuration", "bundle", "engine", "camera", "frame", "verdict"]
+    assert "input 64x64 px, map 8x8" in done.stdout
+    assert "96x96 px, BGR8" in done.stdout
+
+
+def test_check_says_what_is_wrong_with_the_camera(config):
+    pytest.importorskip("pypylon", reason="pypylon is not installed")
+    done = inspectord("check", "-c", config(camera={"driver": "pylon", "serial": "42"}))
+    assert done.returncode == 1
+    assert "no camera with serial '42'; connected: Emulation 0815-0000" in done.stderr
+
+
+def test_cuda_without_cuda_is_exit_code_2(config):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    done = inspectord("run", "-c", config(device="cuda"))
+    assert done.returncode == 2
+    assert "device: cuda was asked for, but PyTorch finds no CUDA device" in done.stderr
+
+
+def test_watch_prints_verdicts_as_they_come(config):
+    path = config(camera={**SYNTHETIC, "rate_fps": 20})
+    endpoint = yaml.safe_load(path.read_text())["publish"]["verdicts"]
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "daemon.cli", "run", "-c", str(path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        done = inspectord("watch", endpoint, "--count", 3, "--station", "cli")
+    finally:
+        daemon.terminate()
+        daemon.wait(PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert all(line.startswith("cli ") and "score" in line for line in done.stdout.splitlines())
+
+
+def test_watch_refuses_what_is_no_endpoint():
+    done = inspectord("watch", "localhost")
+    assert done.returncode == 1
+    assert "cannot connect to localhost" in done.stderr
+
+
+TRAIN = ("--image-size", "64x64", "--precision", "fp32", "--held-out", 0.25)
+
+
+def test_training_goes_on_after_kill_9_and_says_so(good_parts, tmp_path):
+    out = tmp_path / "model"
+    command = ("train", good_parts, "-o", out, "--steps", 40, "--checkpoint-s", 0, *TRAIN)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "daemon.cli", *map(str, command)], cwd=REPOSITORY, stderr=subprocess.DEVNULL
+    )
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (out / FILE).exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline_s
+        os.sched_yield()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "bundle.json").exists()
+    done = inspectord(*command)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from the checkpoint at step" in done.stderr
+    assert (out / "bundle.json").exists()
+    again = inspectord(*command)
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_exit_code_130(good_parts, tmp_path):
+    out = tmp_path / "model"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "daemon.cli", "train", str(good_parts), "-o", str(out), "--steps", "100000",
+         "--checkpoint-s", "0", *map(str, TRAIN)],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (out / FILE).exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline_s
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert (out / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--image-size", "100"), "'100' is not like 512x512"),
+        (("--image-size", "250x250"), "not a multiple of 4: take 248 or 252"),
+        (("--tiles", "9x9"), "too many"),
+        (("--padded", "--tiles", "2x2"), "tiles need the unpadded geometry"),
+        (("--size", "large"), "not one of small, medium"),
+        (("--ignore-mask", "/no/mask.png"), "/no/mask.png: not a readable image"),
+        (("--natural", "/no/folder"), "no natural images there"),
+        (("--roi", "0,0,5000,5000"), "reaches beyond the frame"),
+    ],
+)
+def test_impossible_training_is_refused_at_once(good_parts, tmp_path, arguments, message):
+    done = inspectord("train", good_parts, "-o", tmp_path / "model", "--steps", 1, *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_prints_image_auroc(tmp_path, good_parts, tiny_bundle):
+    import shutil
+
+    import cv2
+
+    from drivers.synthetic import PartRenderer, SyntheticOptions
+
+    shutil.copytree(good_parts, tmp_path / "good")
+    (tmp_path / "stain").mkdir()
+    part = PartRenderer(SyntheticOptions(seed=3, width=96, height=96)).render(900, "stain")
+    cv2.imwrite(str(tmp_path / "stain" / "0.png"), part.raw)
+    done = inspectord("evaluate", tiny_bundle, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("image AU-ROC ")
+    assert "(12 good, 1 defective)" in done.stdout
+    assert "stain" in done.stdout
+
+
+def test_demo_runs_from_nothing_to_a_picture(tmp_path):
+    done = inspectord("demo", "--folder", tmp_path / "demo", "--parts", 8, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("score") >= 8
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    config = tmp_path / "demo" / "station.yaml"
+    assert inspectord("check", "-c", config).returncode == 0, "the demo's configuration can be used again"
+
+
+def test_version():
+    assert inspectord("--version").stdout.startswith("inspectord ")
