@@ -170,7 +170,7 @@ class _Plate:
         self.image[disc > 0] = self._under_holes[disc > 0]
 
     def _double_print(self, rng: np.random.Generator) -> None:
-        shift = rng.uniform(0.012, 0.03, 2) * rng.choice([-1, 1], 2)
+        shift = rng.uniform(0.02, 0.035, 2) * rng.choice([-1, 1], 2)
         self._print((float(shift[0]), float(shift[1])))
 
     def _extra_hole(self, rng: np.random.Generator) -> None:
