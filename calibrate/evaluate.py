@@ -10,8 +10,9 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from calibrate.dataset import DatasetError, load_test_images, read_frame
+from drivers.frame import PixelFormat
 from pipeline.bundle import Bundle
-from pipeline.engine import DeviceChoice, make_engine
+from pipeline.engines import DeviceChoice, make_engine
 from pipeline.inspect import Inspector, Outcome
 from pipeline.plausible import PlausibleLimits
 
@@ -54,7 +55,8 @@ def evaluate(
     # A test set may hold black or repeated pictures on purpose: every image gets a score.
     limits = PlausibleLimits(black_below=0, saturated_above=1, frozen_frames=0)
     inspector = Inspector(bundle, engine, limits=limits)
-    pixel_format = bundle.training.get("pixel_format")
+    declared = bundle.training.get("pixel_format")
+    pixel_format = None if declared is None else PixelFormat(declared)
     scores = []
     for index, (file, _kind) in enumerate(images):
         try:

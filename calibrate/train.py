@@ -31,7 +31,8 @@ from calibrate.teacher import channel_statistics, random_teacher
 from drivers.frame import PixelFormat
 from drivers.replay import decode_image, format_of, list_images
 from pipeline.bundle import Bundle, Model, is_bundle, write_bundle
-from pipeline.engine import RawMaps, make_engine
+from pipeline.engine import RawMaps
+from pipeline.engines import make_engine
 from pipeline.geometry import Geometry
 from pipeline.networks import EfficientAD, PdnSize
 from pipeline.preprocess import Preprocessor, PreprocessSpec

@@ -10,7 +10,7 @@ from drivers.camera import Camera, CameraError, EndOfStream
 from drivers.catalog import make_camera
 from drivers.frame import Frame
 from pipeline.bundle import read_bundle
-from pipeline.engine import make_engine
+from pipeline.engines import make_engine
 from pipeline.inspect import Inspector
 
 _FIRST_FRAME_S = 10.0

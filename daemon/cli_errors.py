@@ -29,7 +29,7 @@ def clear_errors() -> Iterator[None]:
     from daemon.yaml_errors import ConfigError
     from drivers.camera import CameraError, DriverMissing
     from pipeline.bundle import BundleError
-    from pipeline.engine import EngineUnavailable
+    from pipeline.engines import EngineUnavailable
     from pipeline.geometry import GeometryError
 
     misuse = (

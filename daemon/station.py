@@ -24,7 +24,7 @@ from drivers.camera import Camera
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus
 from pipeline.bundle import Bundle, Model, read_bundle
-from pipeline.engine import EngineChoice, make_engine
+from pipeline.engines import EngineChoice, make_engine
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 
 _HEALTH_PERIOD_S = 1.0

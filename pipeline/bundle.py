@@ -165,7 +165,7 @@ def read_bundle(folder: Path) -> Bundle:
         )
     try:
         return _assemble(manifest, folder)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{manifest_path.absolute()}: {reason}") from error
 

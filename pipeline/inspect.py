@@ -127,10 +127,6 @@ class Inspector:
             infer_ns=raw.infer_ns,
         )
 
-    def forget_previous(self) -> None:
-        """Drop the previous frame, whose memory is about to be reused."""
-        self._check.forget()
-
 
 def judge(score: float, threshold: float) -> Outcome:
     """OK must be proven: a finite score at or below a finite threshold. NaN is never OK and never NG."""

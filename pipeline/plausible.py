@@ -55,10 +55,6 @@ class PlausibilityCheck:
                 return f"saturated: {saturated:.1%} of the samples are at the end of the range"
         return None
 
-    def forget(self) -> None:
-        """Drop the previous image; the next frame has nothing to be compared with."""
-        self._previous = None
-
     def _repeats(self, image: Image) -> bool:
         previous = self._previous
         if previous is None or previous.shape != image.shape or previous.dtype != image.dtype:

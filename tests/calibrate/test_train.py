@@ -12,6 +12,7 @@ from calibrate.checkpoint import FILE, CheckpointError, read_progress
 from calibrate.dataset import DatasetError, load_good_images, load_test_images
 from calibrate.evaluate import evaluate
 from calibrate.train import Listener, TrainingError, TrainingStopped, TrainOptions, train
+from drivers.frame import PixelFormat
 from pipeline.bundle import read_bundle
 from pipeline.geometry import Geometry
 from pipeline.preprocess import PreprocessSpec
@@ -222,7 +223,7 @@ def test_evaluate_prints_what_a_ranking_by_hand_gives(test_tree, tiny_bundle):
     bundle = read_bundle(tiny_bundle)
     result = evaluate(bundle, test_tree, "cpu")
     from calibrate.dataset import read_frame
-    from pipeline.engine import CpuEngine
+    from pipeline.engine_cpu import CpuEngine
     from pipeline.scoring import Scorer, combine_maps
 
     engine, scorer = CpuEngine(bundle.model), Scorer(bundle.model.geometry)
@@ -236,6 +237,22 @@ def test_evaluate_prints_what_a_ranking_by_hand_gives(test_tree, tiny_bundle):
     assert result.auroc == pytest.approx(np.mean(pairs))
     assert result.false_rejects == sum(s > bundle.threshold for s in scores["good"])
     assert {k: v.images for k, v in result.kinds.items()} == {"scratch": 3, "stain": 3}
+
+
+def test_the_pixel_format_declared_in_training_is_used_again(tmp_path, options, rng):
+    for name in ("good", "stain"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            image = rng.integers(500, 3500, (96, 96)).astype(np.uint16)
+            cv2.imwrite(str(tmp_path / name / f"{i}.png"), image)
+    declared = replace(options, dataset=tmp_path / "good", pixel_format=PixelFormat.MONO12, steps=1)
+    bundle = train(declared)
+    assert read_bundle(options.out).training["pixel_format"] == "Mono12"
+    assert evaluate(bundle, tmp_path, "cpu").good_images == 4
+    shutil.copy(tmp_path / "good" / "0.png", tmp_path / "good" / "8bit.png")
+    cv2.imwrite(str(tmp_path / "good" / "8bit.png"), np.zeros((96, 96), np.uint8))
+    with pytest.raises(DatasetError, match=r"8bit\.png: .* is not Mono12"):
+        evaluate(bundle, tmp_path, "cpu")
 
 
 def test_layouts_that_cannot_be_evaluated(tmp_path, good_parts):

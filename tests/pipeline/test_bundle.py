@@ -131,6 +131,8 @@ def test_nothing_is_ever_unpickled(copy, name):
         (lambda m: m["architecture"]["geometry"].update(map_width=9), "map_width is 9"),
         (lambda m: m["architecture"].update(size="huge"), "EfficientAD huge is not known"),
         (lambda m: m["calibration"].pop("quantiles"), "'quantiles' is missing"),
+        (lambda m: m.update(files=[]), "has no attribute"),
+        (lambda m: m.update(architecture=None), "not subscriptable"),
         (lambda m: m["calibration"]["quantiles"].update(st_b=-1.0), "must lie above"),
         (lambda m: m["architecture"]["geometry"].update(image_width="64"), "must be integers"),
     ],

@@ -6,7 +6,9 @@ import torch
 
 from drivers.frame import Frame, FrameStatus, PixelFormat
 from pipeline.bundle import read_bundle
-from pipeline.engine import CpuEngine, EngineUnavailable, RawMaps, make_engine
+from pipeline.engine import RawMaps
+from pipeline.engine_cpu import CpuEngine
+from pipeline.engines import EngineUnavailable, make_engine
 from pipeline.inspect import Inspector, Outcome, Reason, judge
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
 

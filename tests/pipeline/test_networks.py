@@ -139,7 +139,7 @@ def test_impossible_geometry_is_refused_with_what_would_work(arguments, message)
 def test_cuda_engine_gives_the_cpu_engines_maps(size, rng):
     from drivers.frame import PixelFormat
     from pipeline.bundle import Model
-    from pipeline.engine import CpuEngine
+    from pipeline.engine_cpu import CpuEngine
     from pipeline.engine_cuda import CudaEngine
     from pipeline.preprocess import PreprocessSpec
 

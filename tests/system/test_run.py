@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import datetime
 import signal
 import socket
@@ -11,7 +12,7 @@ import pytest
 
 from drivers.replay import list_images
 from pipeline.bundle import read_bundle
-from pipeline.engine import CpuEngine
+from pipeline.engine_cpu import CpuEngine
 from pipeline.inspect import Inspector
 from pipeline.plausible import PlausibleLimits
 from tests.conftest import SHARED_DATA
@@ -183,6 +184,26 @@ def test_the_daemon_waits_for_no_subscriber_and_a_stalled_one_does_not_stop_it(l
     assert bench.process.returncode == 0
 
 
+def test_garbage_on_every_socket_does_not_disturb_the_line(line, rng):
+    bench = line({**SYNTHETIC, "frames": 60}).start()
+    bench.receive_until(lambda: bench.verdicts)
+    connections = []
+    for endpoint in (bench.verdict_endpoint, bench.map_endpoint):
+        address = ("127.0.0.1", int(endpoint.rsplit(":", 1)[1]))
+        for blob in (b"GET / HTTP/1.1\r\n\r\n", rng.bytes(100_000), b"\xff" + b"\0" * 8 + b"\x7f\x03\x01", b""):
+            connection = socket.create_connection(address)
+            connections.append(connection)  # half of them stay open, in the middle of a handshake
+            with contextlib.suppress(OSError):  # libzmq may hang up before it has read it all
+                connection.sendall(blob)
+            if len(connections) % 2:
+                connection.close()
+    code, _ = bench.finish()
+    for connection in connections:
+        connection.close()
+    assert code == 0, bench.read_log()
+    assert bench.sequences() == list(range(1, 61))
+
+
 def test_an_address_in_use_is_said(line):
     bench = line(SYNTHETIC)
     port = int(bench.verdict_endpoint.rsplit(":", 1)[1])
@@ -229,7 +250,7 @@ def test_an_engine_fault_is_invalid_and_the_daemon_goes_on(tiny_bundle, tmp_path
     from daemon.config import PublishConfig, StationConfig
     from daemon.station import Station
     from drivers.synthetic import SyntheticOptions
-    from pipeline.engine import EngineChoice
+    from pipeline.engines import EngineChoice
     from tests.system.line import free_port
 
     class FaultyEngine(CpuEngine):

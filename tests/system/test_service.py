@@ -85,7 +85,8 @@ def test_a_stuck_engine_stops_the_watchdog(tiny_bundle, tmp_path, notify_socket,
     from daemon.station import Station
     from drivers.synthetic import SyntheticOptions
     from pipeline.bundle import read_bundle
-    from pipeline.engine import CpuEngine, EngineChoice
+    from pipeline.engine_cpu import CpuEngine
+    from pipeline.engines import EngineChoice
     from tests.system.line import free_port
 
     server, address = notify_socket
