@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,8 @@ class GoodImages:
     """Names and reasons of files that were skipped."""
     fingerprint: str
     """SHA-256 over names and contents of all usable files."""
+    pixel_formats: list[str]
+    """Pixel formats among them."""
 
 
 class TestImage(NamedTuple):
@@ -56,16 +58,20 @@ def good_folder(dataset: Path) -> Path:
     return nested if nested.is_dir() else dataset
 
 
-def load_good_images(dataset: Path, held_out_share: float, seed: int) -> GoodImages:
+def load_good_images(
+    dataset: Path, held_out_share: float, seed: int, fit: Callable[[Image], PixelFormat] = format_of
+) -> GoodImages:
     """List, verify and split the good images.
 
     Args:
         dataset: a folder of good images, or an MVTec-AD-style tree with `train/good`.
         held_out_share: share of the images that training never sees, at least one image.
         seed: of the shuffle.
+        fit: names an image's pixel format, or raises ValueError when the image does not fit the run.
 
     Raises:
-        DatasetError: no folder, fewer than two usable images, or more than 5% unreadable files.
+        DatasetError: no folder, fewer than two usable images, more than 5% unreadable files, or a readable
+            image that does not fit.
     """
     folder = good_folder(dataset)
     if not folder.is_dir():
@@ -75,13 +81,18 @@ def load_good_images(dataset: Path, held_out_share: float, seed: int) -> GoodIma
     usable: list[ImageFile] = []
     corrupt: list[tuple[str, str]] = []
     digest = hashlib.sha256()
+    formats: set[str] = set()
     for name, path in list_images(folder):
         try:
-            decode_image(path)
+            image = decode_image(path)
             contents = path.read_bytes()
         except (OSError, ValueError) as error:
             corrupt.append((name, str(error)))
             continue
+        try:
+            formats.add(fit(image).value)
+        except ValueError as error:
+            raise DatasetError(f"{path.absolute()}: {error}") from error
         digest.update(name.encode() + b"\0" + hashlib.sha256(contents).digest())
         usable.append(ImageFile(name, path))
     if len(usable) < 2:
@@ -99,7 +110,9 @@ def load_good_images(dataset: Path, held_out_share: float, seed: int) -> GoodIma
     count = min(len(usable) - 1, max(1, round(held_out_share * len(usable))))
     held_out = sorted(order[:count].tolist())
     train = sorted(order[count:].tolist())
-    return GoodImages([usable[i] for i in train], [usable[i] for i in held_out], corrupt, digest.hexdigest())
+    return GoodImages(
+        [usable[i] for i in train], [usable[i] for i in held_out], corrupt, digest.hexdigest(), sorted(formats)
+    )
 
 
 def load_test_images(dataset: Path) -> list[TestImage]:

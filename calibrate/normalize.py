@@ -11,20 +11,36 @@ from numpy.typing import NDArray
 
 from calibrate.dataset import DatasetError
 from pipeline.engine import RawMaps
-from pipeline.scoring import QUANTILE_A, QUANTILE_B, Quantiles, Scorer, combine_maps
+from pipeline.scoring import Quantiles, Scorer, combine_maps
+
+QUANTILE_A, QUANTILE_B = 0.9, 0.995
+"""The levels whose quantiles become 0 and 0.1 (paper, section 3.4)."""
 
 
-def map_quantiles(maps: Sequence[RawMaps], scorer: Scorer) -> Quantiles:
+def map_quantiles(
+    maps: Sequence[RawMaps],
+    scorer: Scorer,
+    levels: tuple[float, float] = (QUANTILE_A, QUANTILE_B),
+    *,
+    autoencoder: bool = True,
+) -> Quantiles:
     """Take the exact quantiles of each raw map over all held-out images, ignored areas left out.
+
+    Args:
+        maps: of the held-out images.
+        scorer: knows the ignored areas.
+        levels: the lower and the upper level, from 0 to 1.
+        autoencoder: False where that branch was not trained and must not be part of the map.
 
     Raises DatasetError when there are no maps or they are flat.
     """
     if not maps:
         raise DatasetError("no held-out good image is left to take quantiles from")
-    levels = (QUANTILE_A, QUANTILE_B)
     st = np.quantile(np.concatenate([scorer.counted_values(m.student_teacher) for m in maps]), levels)
-    ae = np.quantile(np.concatenate([scorer.counted_values(m.autoencoder) for m in maps]), levels)
     try:
+        if not autoencoder:
+            return Quantiles(float(st[0]), float(st[1]), None, None)
+        ae = np.quantile(np.concatenate([scorer.counted_values(m.autoencoder) for m in maps]), levels)
         return Quantiles(float(st[0]), float(st[1]), float(ae[0]), float(ae[1]))
     except ValueError as error:
         raise DatasetError(f"the maps of the held-out images cannot be normalised: {error}") from error

@@ -26,16 +26,16 @@ from calibrate.checkpoint import (
 )
 from calibrate.dataset import DatasetError, GoodImages, ImageFile, PreparedImages, load_good_images
 from calibrate.losses import Losses, LossOptions, efficientad_losses
-from calibrate.normalize import choose_threshold, map_quantiles, score_maps
+from calibrate.normalize import QUANTILE_A, QUANTILE_B, choose_threshold, map_quantiles, score_maps
 from calibrate.teacher import channel_statistics, random_teacher
-from drivers.frame import PixelFormat
+from drivers.frame import Image, PixelFormat
 from drivers.replay import decode_image, format_of, list_images
 from pipeline.bundle import Bundle, Model, is_bundle, write_bundle
 from pipeline.engine import RawMaps
 from pipeline.engines import make_engine
 from pipeline.geometry import Geometry
 from pipeline.networks import EfficientAD, PdnSize
-from pipeline.preprocess import Preprocessor, PreprocessSpec
+from pipeline.preprocess import Preprocessor, PreprocessSpec, check_correction, correction_for
 from pipeline.scoring import Scorer
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
@@ -68,6 +68,7 @@ class TrainOptions:
     held_out_share: float = 0.1
     false_reject_rate: float = 0.01
     losses: LossOptions = field(default_factory=LossOptions)
+    quantile_levels: tuple[float, float] = (QUANTILE_A, QUANTILE_B)
     natural: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "auto"
@@ -101,9 +102,12 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
         raise TrainingError(f"{options.out.absolute()} holds a finished bundle; add --overwrite to replace it")
     device = _device(options.device)
     precision = _precision(options.precision, device)
-    good = load_good_images(options.dataset, options.held_out_share, options.seed)
+    preprocess = Preprocessor(options.preprocess)
+    good = load_good_images(
+        options.dataset, options.held_out_share, options.seed, lambda image: _fit(image, preprocess, options)
+    )
     _tell_of_images(good, listener)
-    run = _Run(options, good, device, precision)
+    run = _Run(options, good, preprocess, device, precision, listener)
     settings = run.settings()
     progress = _progress_to_resume(options, settings)
     if progress is not None:
@@ -125,17 +129,28 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
 class _Run:
     """Networks, optimiser and data of one training run."""
 
-    def __init__(self, options: TrainOptions, good: GoodImages, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        options: TrainOptions,
+        good: GoodImages,
+        preprocess: Preprocessor,
+        device: torch.device,
+        precision: str,
+        listener: Listener,
+    ) -> None:
         self.options, self.good, self.device, self.precision = options, good, device, precision
-        self.preprocess = Preprocessor(options.preprocess)
+        self.preprocess = preprocess
+        self.listener = listener
         self.images = self._prepared(good.train, options.cache_mib)
         self.tiles = options.geometry.tiles()
-        _ = self.images[0]  # region, mask and corrections must fit the images before any work is done
         try:
             self.scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
         except ValueError as error:
             raise TrainingError(str(error)) from error
         self.natural_files = _natural_files(options)
+        self.unreadable_natural: set[str] = set()
+        # float32 means float32: no TF32 behind its name on a GPU.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.manual_seed(options.seed)
         self.model = EfficientAD(options.size, options.geometry).to(device)
         if device.type == "cpu":
@@ -170,9 +185,13 @@ class _Run:
             "pixel_format": None if o.pixel_format is None else o.pixel_format.value,
             "held_out_share": o.held_out_share,
             "losses": asdict(o.losses),
-            "natural_images": len(self.natural_files),
+            "quantile_levels": list(o.quantile_levels),
+            "natural_images": _digest(
+                "\n".join(f"{f.name} {f.path.stat().st_size}" for f in self.natural_files).encode()
+            ),
             "precision": self.precision,
             "device": self.device.type,
+            "pixel_formats": self.good.pixel_formats,
             "images_train": len(self.good.train),
             "images_held_out": len(self.good.held_out),
             "fingerprint": self.good.fingerprint,
@@ -213,23 +232,31 @@ class _Run:
     def _natural(self, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
         tile = self.tiles[0]
         height, width = tile.y_px.stop - tile.y_px.start, tile.x_px.stop - tile.x_px.start
-        file = self.natural_files[int(rng.integers(len(self.natural_files)))]
-        try:
-            return natural_image(read_natural_image(file.path), width, height, rng)
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"{file.path.absolute()}: {error}") from error
+        for _ in range(_NATURAL_TRIES):
+            file = self.natural_files[int(rng.integers(len(self.natural_files)))]
+            try:
+                return natural_image(read_natural_image(file.path), width, height, rng)
+            except (OSError, ValueError) as error:
+                if file.name not in self.unreadable_natural:
+                    self.listener.say(f"skipped natural image {file.name}: {error}")
+                self.unreadable_natural.add(file.name)
+        raise DatasetError(f"{_NATURAL_TRIES} natural images in a row cannot be read; check --natural")
 
     def held_out_maps(self, model: Model) -> list[RawMaps]:
         """Run the held-out images through the very engine that the daemon uses."""
         engine = make_engine(model, "cpu" if self.device.type == "cpu" else "auto").engine
         maps = []
         for file in self.good.held_out:
-            image = decode_image(file.path)
-            maps.append(engine.raw_maps(image, format_of(image, self.options.pixel_format)))
+            try:
+                image = decode_image(file.path)
+                maps.append(engine.raw_maps(image, format_of(image, self.options.pixel_format)))
+            except (OSError, ValueError) as error:
+                raise DatasetError(f"{file.path.absolute()}: {error}") from error
         return maps
 
 
 _ARRAY_FIELDS = ("dark", "flat", "ignore")
+_NATURAL_TRIES = 10
 
 
 def _train_steps(run: _Run, start: int, settings: dict[str, Any], listener: Listener) -> None:
@@ -266,7 +293,8 @@ def _calibrate(run: _Run, settings: dict[str, Any]) -> Bundle:
     weights = {name: tensor.detach().cpu() for name, tensor in run.model.state_dict().items()}
     model = Model(options.size, options.geometry, options.preprocess, weights)
     maps = run.held_out_maps(model)
-    quantiles = map_quantiles(maps, run.scorer)
+    levels, autoencoder = options.quantile_levels, options.losses.autoencoder
+    quantiles = map_quantiles(maps, run.scorer, levels, autoencoder=autoencoder)
     threshold = choose_threshold(score_maps(maps, run.scorer, quantiles), options.false_reject_rate)
     return Bundle(
         model=model,
@@ -274,6 +302,7 @@ def _calibrate(run: _Run, settings: dict[str, Any]) -> Bundle:
         threshold=threshold.value,
         teacher={"origin": "random weights, no training", "seed": options.seed},
         calibration={
+            "quantile_levels": list(levels),
             "held_out_images": threshold.held_out,
             "wanted_false_reject_rate": options.false_reject_rate,
             "false_reject_bound": threshold.false_reject_bound,
@@ -298,6 +327,14 @@ def _progress_to_resume(options: TrainOptions, settings: dict[str, Any]) -> Prog
         f"{options.out.absolute()} holds a checkpoint of another run (step {progress.step}); different: "
         f"{', '.join(changed)}. Repeat that run's command, or add --restart to begin anew"
     )
+
+
+def _fit(image: Image, preprocess: Preprocessor, options: TrainOptions) -> PixelFormat:
+    """Check that format, region, mask and corrections fit an image. Raises ValueError."""
+    pixel_format = format_of(image, options.pixel_format)
+    area = preprocess.spec.area(image.shape[1], image.shape[0])
+    correction_for(preprocess.spec, pixel_format, area)
+    return pixel_format
 
 
 def _tell_of_images(good: GoodImages, listener: Listener) -> None:
@@ -329,7 +366,8 @@ def _precision(choice: Precision, device: torch.device) -> str:
         return choice
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
 
 
 def _digest(data: bytes | None) -> str | None:
@@ -343,11 +381,14 @@ def load_correction(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
     """
     try:
         if path.suffix == ".npy":
-            return np.asarray(np.load(path, allow_pickle=False), np.float32)
-        image = decode_image(path)
+            array = np.asarray(np.load(path, allow_pickle=False), np.float32)
+        else:
+            image = decode_image(path)
+            array = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image, np.float32)
+        check_correction(array)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path.absolute()}: {error}") from error
-    return np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image, np.float32)
+    return array
 
 
 def load_mask(path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:

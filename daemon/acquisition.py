@@ -68,7 +68,8 @@ class Acquisition:
         while not self._stop.is_set():
             try:
                 info = self._camera.open()
-                self.state = replace(self.state, connected=True, source=info.source, error=None)
+                reopened = self.state.reopened + (self.state.source is not None)
+                self.state = CameraState(connected=True, source=info.source, reopened=reopened)
                 self._log.info(
                     "camera open",
                     source=info.source,
@@ -82,6 +83,8 @@ class Acquisition:
                 self._log.info("end of stream")
                 break
             except CameraError as error:
+                if not self._camera.live:
+                    raise  # files do not come back by themselves
                 self._camera_failed(error)
             finally:
                 self._camera.close()
@@ -126,7 +129,7 @@ class Acquisition:
             self._out.put(Probe(self._probe_sent))
 
     def _camera_failed(self, error: CameraError) -> None:
-        self.state = replace(self.state, connected=False, reopened=self.state.reopened + 1, error=str(error))
+        self.state = replace(self.state, connected=False, error=str(error))
         self._log.warning("camera failed", error=str(error), reopen_in_s=round(self._backoff_s, 3))
         self._camera.close()
         deadline_s = time.monotonic() + self._backoff_s

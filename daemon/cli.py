@@ -46,8 +46,9 @@ def run(config: ConfigOption, state_dir: StateDirOption = None) -> None:
     with clear_errors():
         station = Station(settings)
 
-        def stop(number: int, _frame: FrameType | None) -> None:
-            signal.signal(number, lambda n, _f: os._exit(128 + n))  # the second one ends at once
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda n, _f: os._exit(128 + n))  # the second one ends at once
             station.stop()
 
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -39,6 +39,8 @@ def train(
     false_reject_rate: Annotated[float, typer.Option(min=0.0001, max=0.5, help="wanted, of good parts")] = 0.01,
     learning_rate: Annotated[float, typer.Option(min=1e-7, max=0.1, help="a tenth of it from 95% on")] = 1e-4,
     hard_quantile: Annotated[float, typer.Option(min=0.0, max=0.999999, help="the paper's p_hard")] = 0.999,
+    quantile_a: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0 in the map")] = 0.9,
+    quantile_b: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0.1")] = 0.995,
     penalty: Annotated[bool, typer.Option(help="pretraining penalty, where --natural is given")] = True,
     autoencoder: Annotated[bool, typer.Option(help="train the autoencoder branch")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -60,6 +62,8 @@ def train(
 
         width, height = _numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
         rows, columns = _numbers(tiles, r"(\d+)x(\d+)", "--tiles", "2x3")
+        if quantile_a >= quantile_b:
+            raise typer.BadParameter(f"must lie above --quantile-a {quantile_a}", param_hint="--quantile-b")
         options = TrainOptions(
             dataset=dataset,
             out=out,
@@ -82,6 +86,7 @@ def train(
             held_out_share=held_out,
             false_reject_rate=false_reject_rate,
             losses=LossOptions(hard_quantile, penalty, autoencoder),
+            quantile_levels=(quantile_a, quantile_b),
             natural=natural,
             device=_one_of(device, "--device", "auto", "cpu", "cuda"),  # type: ignore[arg-type]
             precision=_one_of(precision, "--precision", "auto", "fp32", "bf16"),  # type: ignore[arg-type]

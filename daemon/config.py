@@ -5,9 +5,18 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from daemon.yaml_errors import ConfigError, describe_problems, read_yaml
 from drivers.catalog import CameraOptions
@@ -21,7 +30,9 @@ def _check_endpoint(endpoint: str) -> str:
         return endpoint
     if re.fullmatch(r"ipc://.+", endpoint) and len(endpoint) <= 107 + len("ipc://"):
         return endpoint
-    raise ValueError(f"{endpoint!r} is not an endpoint; write tcp://127.0.0.1:5550 or ipc:///run/name.sock")
+    raise ValueError(
+        f"{endpoint!r} is not an endpoint; write tcp://127.0.0.1:5550 or ipc:///run/inspectord/line1/verdicts.sock"
+    )
 
 
 def _as_list(value: Any) -> Any:
@@ -29,7 +40,11 @@ def _as_list(value: Any) -> Any:
 
 
 def _check_bundle(path: Path) -> Path:
-    if not (path / MANIFEST).is_file():
+    try:
+        found = (path / MANIFEST).is_file()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if not found:
         what = f"no {MANIFEST} in it" if path.is_dir() else "no such folder"
         raise ValueError(f"{path.absolute()}: {what}; train a bundle with: inspectord train DATASET -o {path}")
     return path
@@ -50,6 +65,14 @@ class PublishConfig(_Section):
     verdicts: Endpoints = ["tcp://127.0.0.1:5550"]
     maps: Endpoints | None = None
 
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        endpoints = [*self.verdicts, *(self.maps or [])]
+        for endpoint in endpoints:
+            if endpoints.count(endpoint) > 1:
+                raise ValueError(f"{endpoint} is given twice; each endpoint serves one socket")
+        return self
+
 
 class PlausibleConfig(_Section):
     """Limits of a plausible image, as `pipeline.plausible` defines them."""
@@ -57,6 +80,13 @@ class PlausibleConfig(_Section):
     black_below: float = Field(default=_LIMITS.black_below, ge=0, le=1)
     saturated_above: float = Field(default=_LIMITS.saturated_above, ge=0, le=1)
     frozen_frames: int = Field(default=_LIMITS.frozen_frames, ge=0)
+
+    @field_validator("frozen_frames")
+    @classmethod
+    def _off_or_a_repetition(cls, frames: int) -> int:
+        if frames == 1:
+            raise ValueError("0 (off) or at least 2: every frame is identical to itself")
+        return frames
 
     def limits(self) -> PlausibleLimits:
         """Hand the limits to the pipeline."""

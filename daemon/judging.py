@@ -54,6 +54,7 @@ class Judging:
     def _judge(self, inspector: Inspector, item: Grabbed, previous: Slot | None) -> Slot | None:
         began_ns = time.monotonic_ns()
         inspection = inspector.inspect(item.frame)
+        self._out.put(Judged(item.frame, inspection, began_ns))
         if inspection.outcome is Outcome.INVALID:
             self._log.warning(
                 "invalid",
@@ -63,7 +64,6 @@ class Judging:
                 source=item.frame.source,
                 exc_info=inspection.error,
             )
-        self._out.put(Judged(item.frame, inspection, began_ns))
         if item.slot is None:
             return previous
         # One frame later than its verdict: the check for frozen frames still compares with this one.

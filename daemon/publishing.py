@@ -168,6 +168,7 @@ def _bind(context: zmq.Context[Any], endpoints: Sequence[str], high_water_mark: 
     socket: zmq.Socket[bytes] = context.socket(zmq.PUB)
     socket.setsockopt(zmq.SNDHWM, high_water_mark)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.IPV6, any("[" in endpoint for endpoint in endpoints))
     for endpoint in endpoints:
         try:
             socket.bind(endpoint)

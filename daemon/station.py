@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -23,8 +24,8 @@ from daemon.tally import Summary, Tally, summarise
 from drivers.camera import Camera
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus
-from pipeline.bundle import Bundle, Model, read_bundle
-from pipeline.engines import EngineChoice, make_engine
+from pipeline.bundle import Bundle, BundleError, Model, read_bundle
+from pipeline.engines import EngineChoice, EngineUnavailable, make_engine
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 
 _HEALTH_PERIOD_S = 1.0
@@ -32,6 +33,8 @@ _FRAMES_ON_THE_WAY = 4096
 """Reports without images that may wait for the engine; beyond that acquisition waits."""
 _JUDGED_ON_THE_WAY = 256
 _TEARDOWN_S = 5.0
+_GRABBER_STOPS_S = 5.0
+"""How long acquisition may take to end once it was told to."""
 
 
 class StationFailed(Exception):
@@ -133,7 +136,7 @@ class Station:
         publisher.start()
         publishing.ready.result()
         engine.start()
-        self._device = judging.ready.result().engine.device
+        self._device = self._engine_device(judging)
         self._answer_for_earlier_run(sequences, judged)
         grabber.start()
         self._notifier.send("READY=1")
@@ -147,9 +150,18 @@ class Station:
             verdicts=config.publish.verdicts,
             maps=config.publish.maps,
         )
-        self._supervise(workers, acquisition, publishing, judged, identity)
+        self._supervise(workers, acquisition, publishing, frames, judged, identity)
         duration_s = (publishing.last_sent_ns - (publishing.first_grab_ns or publishing.last_sent_ns)) / 1e9
         return summarise(self.tally, duration_s)
+
+    def _engine_device(self, judging: Judging) -> str:
+        try:
+            return judging.ready.result().engine.device
+        except (EngineUnavailable, BundleError):
+            raise
+        except Exception as error:
+            self._log.error("the engine could not be made", exc_info=error)
+            raise StationFailed(f"the engine could not be made: {type(error).__name__}: {error}") from error
 
     def _make_inspector(self, bundle: Bundle) -> Inspector:
         choice = self._engine_for(bundle.model)
@@ -175,10 +187,13 @@ class Station:
         workers: list[Worker],
         acquisition: Acquisition,
         publishing: Publishing,
+        frames: Channel[Grabbed | Probe | End],
         judged: Channel[Judged | HealthMessage | Probe | End],
         identity: Identity,
     ) -> None:
-        publisher = workers[0]
+        publisher, _engine, grabber = workers
+        stop_by_s = math.inf
+        abandoned = False
         watchdog_s = self._notifier.watchdog_s
         period_s = _HEALTH_PERIOD_S if watchdog_s is None else min(_HEALTH_PERIOD_S, watchdog_s / 4)
         health_due_s, probe, last_moved, stopping = 0.0, 0, -1, False
@@ -186,8 +201,14 @@ class Station:
             publisher.join(period_s)
             if self._stop.is_set() and not stopping:
                 stopping = True
+                stop_by_s = time.monotonic() + _GRABBER_STOPS_S
                 self._notifier.send("STOPPING=1")
                 self._log.info("stopping")
+            if time.monotonic() > stop_by_s and grabber.is_alive() and not abandoned:
+                # A vendor call hangs. What it has grabbed is still judged and published, without it.
+                abandoned = True
+                self._log.error("acquisition does not end; it is abandoned")
+                frames.put(End())
             now_s = time.monotonic()
             if now_s >= health_due_s:
                 health_due_s = now_s + _HEALTH_PERIOD_S
@@ -205,6 +226,10 @@ class Station:
         deadline_s = time.monotonic() + _TEARDOWN_S
         for worker in workers:
             worker.join(max(0.0, deadline_s - time.monotonic()))
+        if self._notifier.failure:
+            self._log.warning("systemd was not told", error=self._notifier.failure)
+        if abandoned:
+            raise StationFailed("the camera's driver did not return; it was abandoned with its device")
         failed = next((worker for worker in workers if worker.failure is not None), None)
         if failed is not None:
             self._log.error("worker failed", worker=failed.name, exc_info=failed.failure)

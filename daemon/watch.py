@@ -26,6 +26,7 @@ def receive_verdicts(endpoint: str, station: str | None = None) -> Iterator[Verd
     with zmq.Context() as context, context.socket(zmq.SUB) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.IPV6, "[" in endpoint)
         socket.subscribe(topic.encode())
         try:
             socket.connect(endpoint)

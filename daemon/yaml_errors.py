@@ -41,11 +41,14 @@ def read_yaml(path: Path) -> Document:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    loader = yaml.SafeLoader(text)
+    lines: dict[Location, int] = {}
+    problems: list[str] = []
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     try:
         root = loader.get_single_node()
-        lines: dict[Location, int] = {}
-        problems: list[str] = []
         if root is not None:
             _collect(root, (), lines, problems, path)
         if problems:
@@ -55,7 +58,7 @@ def read_yaml(path: Path) -> Document:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     finally:
         loader.dispose()
@@ -66,6 +69,9 @@ def _collect(node: yaml.Node, at: Location, lines: dict[Location, int], problems
     lines.setdefault(at, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problems.append(f"{path}:{key.start_mark.line + 1}: {_dotted(at)}: a key must be plain text")
+                continue
             where = (*at, key.value)
             line = key.start_mark.line + 1
             if where in lines:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_PLAUSIBLE_GAP = 32_767
+"""A larger jump is a counter that was reset, not frames that were lost."""
 INVALID_ID = (1 << 64) - 1
 """GenTL and pylon mark a block id that the transport does not provide with the largest uint64."""
 
@@ -20,7 +22,7 @@ class BlockIdCounter:
     wraps_after: int | None = None
     """Last id before the counter returns to `first_id`; None for a counter that never wraps."""
     resets: int = 0
-    """Times the counter went backwards or stood still, which says nothing about lost frames."""
+    """Times the counter stood still or jumped back or impossibly far, which says nothing of lost frames."""
     _last_id: int | None = None
 
     @classmethod
@@ -47,14 +49,18 @@ class BlockIdCounter:
             return 0
         last_id, self._last_id = self._last_id, block_id
         if last_id is None:
-            return max(0, block_id - self.first_id)
+            missing = block_id - self.first_id
+            if 0 <= missing <= MAX_PLAUSIBLE_GAP:
+                return missing
+            self.resets += 1
+            return 0
         step = block_id - last_id
         if self.wraps_after is not None:
             period = self.wraps_after - self.first_id + 1
             step %= period
             if step > period // 2:  # more than half the range ahead is a step backwards
                 step = 0
-        if step <= 0:
+        if step <= 0 or step > MAX_PLAUSIBLE_GAP:
             self.resets += 1
             return 0
         return step - 1

@@ -91,8 +91,10 @@ class PylonCamera:
         self._count = 0
         self._lost_because: str | None = None
         self._held: Any = None
-        self.late_frames = 0
-        """Frames that came after their trigger had been reported as timed out."""
+        self._device_class = ""
+        self._triggered_ns: int | None = None
+        """When the software trigger was fired whose frame has not come yet."""
+        self._late_frame_possible = False
 
     def open(self) -> CameraInfo:
         """Find, open and configure the camera, then start grabbing."""
@@ -118,11 +120,11 @@ class PylonCamera:
             ) from None
         info = camera.GetDeviceInfo()
         self._source = info.GetSerialNumber()
-        self._ids = self._make_counter(info.GetDeviceClass())
+        self._device_class = info.GetDeviceClass()
         self._failed_in_a_row, self._lost_because = 0, None
         self._heard_s = time.monotonic()
         camera.MaxNumBuffer.Value = _BUFFERS
-        camera.StartGrabbing(pylon.GrabStrategy_OneByOne)
+        self._start_grabbing()
         return CameraInfo(
             self._source,
             f"{info.GetVendorName()} {info.GetModelName()} ({info.GetDeviceClass()}), trigger {options.trigger}",
@@ -220,8 +222,8 @@ class PylonCamera:
         if not written:
             raise CameraError(f"{option}: this camera has no feature {' or '.join(nodes)}")
 
-    def _make_counter(self, device_class: str) -> BlockIdCounter:
-        if device_class != "BaslerGigE":
+    def _make_counter(self) -> BlockIdCounter:
+        if self._device_class != "BaslerGigE":
             return BlockIdCounter.usb()
         node = self._camera.GetNodeMap().GetNode("GevGVSPExtendedIDMode")
         extended = node is not None and self._genicam.IsReadable(node) and node.ToString() == "On"
@@ -250,32 +252,47 @@ class PylonCamera:
 
         Triggers sent before the camera is ready collapse into one, so each waits for its predecessor.
         """
-        if not self._pacer.wait(timeout_s):
-            return []
-        if not self._camera.WaitForFrameTriggerReady(_TRIGGER_READY_TIMEOUT_MS, self._pylon.TimeoutHandling_Return):
-            self._probe()
-            return []
-        self._drop_late_frames()
-        triggered_ns = time.monotonic_ns()
         try:
-            self._camera.ExecuteSoftwareTrigger()
-            frames = self._retrieve(self._options.trigger_timeout_ms / 1000)
-        except self._genicam.GenericException as error:
+            if self._triggered_ns is None and not self._fire(timeout_s):
+                return []
+            frames = self._retrieve(timeout_s)
+        except (self._genicam.GenericException, CameraLost) as error:
+            if self._triggered_ns is None:
+                raise
             # The trigger went out: it gets its report now, the reopening comes with the next grab.
             self._lost_because = _first_line(error)
             return [self._report(FrameStatus.CAMERA, self._lost_because)]
-        if not frames:
+        triggered_ns = self._triggered_ns or 0
+        if frames:
+            frames[-1].arrived_ns = triggered_ns
+        elif time.monotonic_ns() - triggered_ns > self._options.trigger_timeout_ms * 1_000_000:
             waited = f"no frame within {self._options.trigger_timeout_ms} ms of the trigger"
-            return [self._report(FrameStatus.TIMEOUT, waited)]
-        frames[-1].arrived_ns = triggered_ns
+            frames = [self._report(FrameStatus.TIMEOUT, waited)]
+            self._late_frame_possible = True
+        else:
+            return []
+        self._triggered_ns = None
         return frames
 
-    def _drop_late_frames(self) -> None:
-        """Discard frames of triggers that were already reported as timed out: never a second verdict."""
-        while (late := self._camera.RetrieveResult(0, self._pylon.TimeoutHandling_Return)).IsValid():
-            self.late_frames += 1
-            self._ids.missing_before(int(late.BlockID))
-            late.Release()
+    def _fire(self, timeout_s: float) -> bool:
+        if not self._pacer.wait(timeout_s):
+            return False
+        if self._late_frame_possible:
+            # The frame that was given up may still come and must not pass for the next trigger's.
+            self._camera.StopGrabbing()
+            self._start_grabbing()
+        if not self._camera.WaitForFrameTriggerReady(_TRIGGER_READY_TIMEOUT_MS, self._pylon.TimeoutHandling_Return):
+            self._probe()
+            return False
+        self._triggered_ns = time.monotonic_ns()
+        self._camera.ExecuteSoftwareTrigger()
+        return True
+
+    def _start_grabbing(self) -> None:
+        """Begin an acquisition; the camera's block ids begin anew with it."""
+        self._ids = self._make_counter()
+        self._triggered_ns, self._late_frame_possible = None, False
+        self._camera.StartGrabbing(self._pylon.GrabStrategy_OneByOne)
 
     def _retrieve(self, timeout_s: float) -> list[Frame]:
         result = self._camera.RetrieveResult(max(1, int(timeout_s * 1000)), self._pylon.TimeoutHandling_Return)

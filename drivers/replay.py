@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,11 @@ class ReplayOptions(Options):
     @field_validator("path")
     @classmethod
     def _path_exists(cls, path: str) -> str:
-        if not Path(path).exists() and not glob.glob(path, recursive=True):
+        try:
+            found = Path(path).exists() or glob.glob(path, recursive=True)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        if not found:
             raise ValueError(f"nothing there: {Path(path).absolute()}")
         return path
 
@@ -54,19 +59,24 @@ def list_images(path: str | Path) -> list[tuple[str, Path]]:
     root = Path(path)
     if root.is_dir():
         found = [
-            (file.relative_to(root).as_posix(), file)
+            (_readable(file.relative_to(root).as_posix()), file)
             for file in root.rglob("*")
             if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
         ]
     elif root.is_file():
-        found = [(root.name, root)]
+        found = [(_readable(root.name), root)]
     else:
         found = [
-            (match, Path(match))
+            (_readable(match), Path(match))
             for match in glob.glob(str(path), recursive=True)
             if Path(match).suffix.lower() in IMAGE_SUFFIXES and Path(match).is_file()
         ]
     return natsorted(found, key=lambda pair: pair[0], alg=ns.PATH)
+
+
+def _readable(name: str) -> str:
+    """Replace what is not UTF-8 in a file's name: messages are."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def decode_image(path: Path) -> Image:
@@ -123,6 +133,8 @@ class ReplayCamera:
             probe.release()
             if not opened:
                 raise CameraError(f"{path.absolute()}: OpenCV cannot open this video")
+            if self._options.pixel_format not in (None, PixelFormat.BGR8):
+                raise CameraError(f"pixel_format: videos are decoded as BGR8, not {self._options.pixel_format}")
             if self._frames is None:
                 self._frames = self._play_video(path)
             return CameraInfo(str(path), "video file")
@@ -179,7 +191,7 @@ class ReplayCamera:
         while True:
             video = cv2.VideoCapture(str(path))
             try:
-                index = 0
+                index, promised = 0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))
                 while True:
                     arrived_ns = time.monotonic_ns()
                     timestamp_ms = video.get(cv2.CAP_PROP_POS_MSEC)
@@ -196,6 +208,9 @@ class ReplayCamera:
                         arrived_ns=arrived_ns,
                     )
                     index += 1
+                if index < promised:
+                    end = f"the video ends at frame {index} of {promised}: truncated or damaged"
+                    yield Frame(FrameStatus.UNREADABLE, f"{path.name}#{index}", device_id=index, detail=end)
             finally:
                 video.release()
             if not self._options.loop or index == 0:

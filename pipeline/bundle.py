@@ -25,8 +25,8 @@ from torch import Tensor
 
 from pipeline.geometry import Geometry
 from pipeline.networks import EfficientAD, PdnSize
-from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec
-from pipeline.scoring import QUANTILE_A, QUANTILE_B, BoolMap, FrameArea, Quantiles
+from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, check_correction
+from pipeline.scoring import BoolMap, FrameArea, Quantiles
 
 FORMAT = "inspectord.bundle/1"
 MANIFEST = "bundle.json"
@@ -117,7 +117,6 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
     }
     calibration = {
         **bundle.calibration,
-        "quantile_levels": [QUANTILE_A, QUANTILE_B],
         "quantiles": bundle.quantiles.to_json(),
         "threshold": bundle.threshold,
     }
@@ -147,12 +146,12 @@ def read_bundle(folder: Path) -> Bundle:
     """Read and verify a bundle. Raises BundleError with the file and the reason."""
     manifest_path = folder / MANIFEST
     try:
-        manifest = json.loads(manifest_path.read_bytes())
+        manifest = json.loads(manifest_path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise BundleError(f"{manifest_path.absolute()}: no such file; is {folder} a bundle?") from None
     except OSError as error:
         raise BundleError(f"{manifest_path.absolute()}: {error.strerror}") from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise BundleError(f"{manifest_path.absolute()}: not valid JSON, damaged or truncated: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
@@ -243,7 +242,9 @@ def _read_file(path: Path, facts: dict[str, Any]) -> bytes:
 def _read_array(blobs: Mapping[str, bytes], name: str | None) -> np.ndarray[Any, np.dtype[np.float32]] | None:
     if name is None:
         return None
-    return np.asarray(np.load(io.BytesIO(blobs[name]), allow_pickle=False), np.float32)
+    array = np.asarray(np.load(io.BytesIO(blobs[name]), allow_pickle=False), np.float32)
+    check_correction(array)
+    return array
 
 
 def _read_mask(blobs: Mapping[str, bytes], name: str | None) -> BoolMap | None:
@@ -271,6 +272,10 @@ def write_atomically(path: Path, blob: bytes) -> None:
 
 def _sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _canonical(value: object) -> bytes:

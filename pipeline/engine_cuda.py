@@ -24,6 +24,8 @@ class CudaEngine:
         g = model.geometry
         self._input = torch.zeros(1, 3, g.image_height, g.image_width, device="cuda")
         self._preprocess = CudaPreprocessor(model.preprocess, cupy.from_dlpack(self._input[0]))
+        # What was filled on the default stream is there before our own stream, which does not wait by itself.
+        self._stream.wait_stream(torch.cuda.current_stream())
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
 

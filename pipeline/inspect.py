@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from drivers.frame import Frame, FrameStatus
+from drivers.frame import Frame, FrameStatus, PixelFormat
 from pipeline.bundle import Bundle
 from pipeline.engine import Engine
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
@@ -83,6 +83,8 @@ class Inspector:
         self.engine = engine
         self.threshold = bundle.threshold if threshold is None else threshold
         self._check = PlausibilityCheck(limits or PlausibleLimits())
+        trained = [PixelFormat(name) for name in bundle.training.get("pixel_formats", ())]
+        self._trained_bits = {fmt.bits for fmt in trained if fmt.bits > 8}
         self._scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
 
     def inspect(self, frame: Frame) -> Inspection:
@@ -103,6 +105,7 @@ class Inspector:
         image, fmt = frame.image, frame.pixel_format
         if image is None or fmt is None:
             raise ValueError("a complete frame without an image")
+        self._check_format(fmt)
         problem = self._check.problem(image, fmt)
         if problem is not None:
             return Inspection(Outcome.INVALID, Reason.IMAGE, problem)
@@ -110,7 +113,8 @@ class Inspector:
         if not (np.isfinite(raw.student_teacher).all() and np.isfinite(raw.autoencoder).all()):
             return Inspection(Outcome.INVALID, Reason.ENGINE, "the anomaly map holds values that are not finite")
         with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the score, below
-            anomaly_map = combine_maps(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
+            combined = combine_maps(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
+        anomaly_map = self._scorer.blank(combined)
         stretched = self._scorer.stretch(anomaly_map)
         score = float(stretched.max())
         outcome = judge(score, self.threshold)
@@ -126,6 +130,12 @@ class Inspector:
             preprocess_ns=raw.preprocess_ns,
             infer_ns=raw.infer_ns,
         )
+
+    def _check_format(self, fmt: PixelFormat) -> None:
+        """Refuse 12-bit data called 16-bit, or the reverse: plausible nonsense, four bits too dark."""
+        if fmt.bits > 8 and self._trained_bits and fmt.bits not in self._trained_bits:
+            trained = ", ".join(self.bundle.training["pixel_formats"])
+            raise FormatMismatch(f"the bundle was trained on {trained}, this is {fmt.value}; set pixel_format")
 
 
 def judge(score: float, threshold: float) -> Outcome:

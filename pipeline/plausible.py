@@ -8,8 +8,8 @@ import numpy as np
 
 from drivers.frame import Image, PixelFormat
 
-_SAMPLE_STEP_PX = 4
-"""Levels are read from every fourth pixel of every fourth row."""
+_SAMPLE_STEP_PX = 5
+"""Levels are read from every fifth pixel of every fifth row: an odd step, which meets every Bayer colour."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,14 @@ def flat_field_gain(
     return gain
 
 
+def check_correction(array: NDArray[np.float32]) -> None:
+    """Check a dark frame or flat field: (height, width) or (height, width, 3), finite. Raises ValueError."""
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
+        raise ValueError(f"a dark frame or flat field of shape {array.shape}; it must be grey or R, G, B")
+    if not np.isfinite(array).all():
+        raise ValueError("a dark frame or flat field holds values that are not finite")
+
+
 @dataclass(frozen=True)
 class Correction:
     """Dark frame and gain of one pixel format, cut to the region of interest."""
@@ -147,7 +155,10 @@ def correction_for(spec: PreprocessSpec, fmt: PixelFormat, area: FrameArea) -> C
     """
     if spec.dark is None and spec.flat is None:
         return None
-    shape = next(a.shape for a in (spec.flat, spec.dark) if a is not None)
+    given = [array for array in (spec.dark, spec.flat) if array is not None]
+    if len({array.shape for array in given}) > 1:
+        raise FormatMismatch("dark frame and flat field must both be grey or both in colour")
+    shape = given[0].shape
     dark = np.zeros(shape, np.float32) if spec.dark is None else spec.dark
     if spec.flat is None:
         gain = np.ones(shape, np.float32)

@@ -23,7 +23,7 @@ KERNEL = r"""
 enum { MONO = 0, BAYER = 1, COLOUR = 2 };
 
 struct Frame {
-    const SAMPLE* raw;            // region of interest, contiguous
+    const sample_t* raw;            // region of interest, contiguous
     const float* dark;            // same layout, or null
     const float* gain;
     const unsigned char* ignored; // one byte a pixel, or null
@@ -67,7 +67,7 @@ __device__ static float demosaiced(const Frame& f, int y, int x, int c) {
 }
 
 extern "C" __global__ void preprocess(
-    const SAMPLE* raw, const float* dark, const float* gain, const unsigned char* ignored,
+    const sample_t* raw, const float* dark, const float* gain, const unsigned char* ignored,
     int width, int height, int kind, int colours, int is_bgr, float max_value, float ignored_value,
     const int* start_y, const float* weights_y, int taps_y,
     const int* start_x, const float* weights_x, int taps_x,
@@ -104,6 +104,11 @@ extern "C" __global__ void preprocess(
 
 _BLOCK = (16, 16)
 _KINDS = {"mono": 0, "bayer": 1, "colour": 2}
+
+
+def kernel_source(bits: int) -> str:
+    """Return the kernel's source for samples in 8-bit bytes or 16-bit words."""
+    return f"typedef unsigned {'char' if bits == 8 else 'short'} sample_t;\n{KERNEL}"
 
 
 def kernel_arguments(spec: PreprocessSpec, fmt: PixelFormat, frame_width: int, frame_height: int) -> dict[str, Any]:
@@ -154,6 +159,12 @@ class CudaPreprocessor:
         self._cupy = cupy
         self._spec = spec
         self._out = out
+        # Compiled here, so that a compiler that fails does so at start and not at the first part.
+        self._kernels = {
+            bits: cupy.RawKernel(kernel_source(bits), "preprocess", options=("--fmad=false",)) for bits in (8, 16)
+        }
+        for kernel in self._kernels.values():
+            kernel.compile()
         self._prepared: dict[tuple[PixelFormat, tuple[int, ...]], tuple[Any, Any, list[Any]]] = {}
 
     def __call__(self, image: Image, fmt: PixelFormat) -> None:
@@ -173,8 +184,7 @@ class CudaPreprocessor:
     def _prepare(self, image: Image, fmt: PixelFormat) -> tuple[Any, Any, list[Any]]:
         cupy = self._cupy
         values = kernel_arguments(self._spec, fmt, image.shape[1], image.shape[0])
-        sample = "unsigned char" if fmt.bits == 8 else "unsigned short"
-        kernel = cupy.RawKernel(KERNEL, "preprocess", options=(f"-DSAMPLE={sample}", "--fmad=false"))
+        kernel = self._kernels[8 if fmt.bits == 8 else 16]
         arguments: list[Any] = []
         for value in values.values():
             if value is None:

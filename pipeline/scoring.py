@@ -15,35 +15,39 @@ from pipeline.resample import resize
 FloatMap = NDArray[np.float32]
 BoolMap = NDArray[np.bool_]
 
-QUANTILE_A, QUANTILE_B = 0.9, 0.995
-"""The quantiles that become 0 and 0.1 (paper, section 3.4)."""
+_TOUCHED = 1e-4
 MAX_REGIONS = 64
 """Regions listed per part, largest first, so that a message stays small whatever the picture."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """The 0.9 and 0.995 quantiles of each raw map over held-out good images."""
+    """Two quantiles of each raw map over held-out good images: what becomes 0 and 0.1."""
 
     st_a: float
     st_b: float
-    ae_a: float
-    ae_b: float
+    ae_a: float | None
+    """None where the autoencoder branch was not trained: the map is then the student-teacher map alone."""
+    ae_b: float | None
 
     def __post_init__(self) -> None:
-        if not all(np.isfinite(value) for value in asdict(self).values()):
+        if (self.ae_a is None) != (self.ae_b is None):
+            raise ValueError("the autoencoder's quantiles come both or not at all")
+        if not all(np.isfinite(value) for value in asdict(self).values() if value is not None):
             raise ValueError("a quantile is not finite")
-        if self.st_b <= self.st_a or self.ae_b <= self.ae_a:
-            raise ValueError("the 0.995 quantile must lie above the 0.9 quantile")
+        for a, b in ((self.st_a, self.st_b), (self.ae_a, self.ae_b)):
+            if a is not None and b is not None and b <= a:
+                raise ValueError("the upper quantile must lie above the lower quantile")
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         """Describe the quantiles for a bundle."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError when it is not that."""
-        return cls(**{name: float(data[name]) for name in ("st_a", "st_b", "ae_a", "ae_b")})
+        ae_a, ae_b = (None if data[name] is None else float(data[name]) for name in ("ae_a", "ae_b"))
+        return cls(float(data["st_a"]), float(data["st_b"]), ae_a, ae_b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class FrameArea:
 
 
 def combine_maps(raw_st: FloatMap, raw_ae: FloatMap, quantiles: Quantiles) -> FloatMap:
-    """Normalise both raw maps and average them (paper, algorithm 3).
+    """Normalise both raw maps and average them (paper, algorithm 3); without autoencoder, the first alone.
 
     Args:
         raw_st: (map_height, map_width), student-teacher.
@@ -79,6 +83,8 @@ def combine_maps(raw_st: FloatMap, raw_ae: FloatMap, quantiles: Quantiles) -> Fl
     """
     q = quantiles
     st = (raw_st - np.float32(q.st_a)) * np.float32(0.1 / (q.st_b - q.st_a))
+    if q.ae_a is None or q.ae_b is None:
+        return np.asarray(st, np.float32)
     ae = (raw_ae - np.float32(q.ae_a)) * np.float32(0.1 / (q.ae_b - q.ae_a))
     return np.asarray(0.5 * st + 0.5 * ae, np.float32)
 
@@ -106,17 +112,22 @@ class Scorer:
         share = ignore.astype(np.float32)
         score_share = resize(share, g.score_width, g.score_height)
         cell_share = resize(share, g.map_width + 2 * pad, g.map_height + 2 * pad)
-        self.ignored_score = score_share >= 0.5
-        self.ignored_cells = cell_share[pad : pad + g.map_height, pad : pad + g.map_width] >= 0.5
+        # Whatever the mask touches is ignored, so that a thin strip does not vanish at the map's resolution.
+        self.ignored_score = score_share > _TOUCHED
+        self.ignored_cells = cell_share[pad : pad + g.map_height, pad : pad + g.map_width] > _TOUCHED
         if self.ignored_score.all() or self.ignored_cells.all():
             raise ValueError("the ignore mask leaves nothing to inspect")
+
+    def blank(self, anomaly_map: FloatMap) -> FloatMap:
+        """Return the map with 0 in its ignored cells."""
+        if self.ignored_cells is None:
+            return anomaly_map
+        return np.where(self.ignored_cells, np.float32(0), anomaly_map)
 
     def stretch(self, anomaly_map: FloatMap) -> FloatMap:
         """Pad with zeros and upsample bilinearly to (score_height, score_width); ignored pixels are −inf."""
         g, pad = self.geometry, self.geometry.padding_cells
-        if self.ignored_cells is not None:
-            anomaly_map = np.where(self.ignored_cells, np.float32(0), anomaly_map)
-        padded = np.pad(anomaly_map, pad)
+        padded = np.pad(self.blank(anomaly_map), pad)
         stretched = cv2.resize(padded, (g.score_width, g.score_height), interpolation=cv2.INTER_LINEAR)
         if self.ignored_score is not None:
             stretched[self.ignored_score] = -np.inf

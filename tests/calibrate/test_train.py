@@ -11,11 +11,13 @@ import torch
 from calibrate.checkpoint import FILE, CheckpointError, read_progress
 from calibrate.dataset import DatasetError, load_good_images, load_test_images
 from calibrate.evaluate import evaluate
+from calibrate.losses import LossOptions
 from calibrate.train import Listener, TrainingError, TrainingStopped, TrainOptions, train
 from drivers.frame import PixelFormat
 from pipeline.bundle import read_bundle
 from pipeline.geometry import Geometry
 from pipeline.preprocess import PreprocessSpec
+from pipeline.scoring import FrameArea
 
 
 class Notes(Listener):
@@ -146,6 +148,45 @@ def test_medium_padded_tiled_and_larger_images_train_too(options, tmp_path):
         out = tmp_path / name
         train(replace(options, out=out, geometry=geometry, preprocess=spec, size=size, steps=1))
         assert read_bundle(out).model.geometry == geometry
+
+
+def test_without_autoencoder_the_bundle_scores_with_the_student_teacher_map_alone(options):
+    bundle = train(replace(options, losses=LossOptions(autoencoder=False), steps=2))
+    assert (bundle.quantiles.ae_a, bundle.quantiles.ae_b) == (None, None)
+    assert read_bundle(options.out).quantiles == bundle.quantiles
+
+
+def test_quantile_levels_are_options_and_recorded(options):
+    bundle = train(replace(options, quantile_levels=(0.5, 0.99), steps=1))
+    assert bundle.calibration["quantile_levels"] == [0.5, 0.99]
+    usual = train(replace(options, out=options.out.with_name("usual"), steps=1))
+    assert bundle.quantiles.st_a < usual.quantiles.st_a
+
+
+def test_an_image_that_does_not_fit_is_named_before_training_held_out_or_not(options, good_parts, tmp_path):
+    folder = tmp_path / "parts"
+    shutil.copytree(good_parts, folder)
+    spec = replace(options.preprocess, roi=FrameArea(0, 0, 96, 96))
+    for name in [f.name for f in load_good_images(folder, 0.25, 0).held_out][:1]:
+        cv2.imwrite(str(folder / name), np.full((80, 96, 3), 99, np.uint8))
+        notes = Notes()
+        with pytest.raises(DatasetError, match=rf"{name}: .*reaches beyond the frame"):
+            train(replace(options, dataset=folder, preprocess=spec), notes)
+        assert notes.steps == []
+
+
+def test_unreadable_natural_images_are_skipped_and_said(options, tmp_path, rng):
+    folder = tmp_path / "natural"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "n.png"), rng.integers(0, 256, (80, 80, 3)).astype(np.uint8))
+    (folder / "broken.png").write_bytes(b"no image")
+    notes = Notes()
+    train(replace(options, natural=folder, steps=6), notes)
+    assert sum("skipped natural image broken.png" in line for line in notes.said) == 1
+    assert all(losses["penalty"] > 0 for _, losses in notes.steps)
+    (folder / "n.png").unlink()
+    with pytest.raises(DatasetError, match="natural images in a row cannot be read"):
+        train(replace(options, natural=folder, overwrite=True))
 
 
 def test_the_random_teacher_is_announced(options):

@@ -76,6 +76,12 @@ treshold: 0.5
         ("station: a\ncamera: {path: x}\nmodel: x\n", "camera: missing key driver"),
         ("station: a\n", "FILE:1: camera: missing; it must be given"),
         ("station: a\ncamera: 7\n", "FILE:2: camera"),
+        ("? [a, b]\n: 1\n", "FILE:1: : a key must be plain text"),
+        ("station: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("station: a\x07b\n", "not valid YAML"),
+        ("a: &a [*a]\n", "not valid YAML"),
+        ("a: " + "[" * 3000, "not valid YAML"),
+        ("station: a\nmodel: " + "m" * 5000 + "\n", "FILE:2: model: "),
     ],
 )
 def test_broken_files(text, message, tmp_path):
@@ -92,11 +98,13 @@ def test_broken_files(text, message, tmp_path):
         (None, "on_overload", "drop", "on_overload: input should be 'wait' or 'invalid'"),
         ("publish", "verdicts", "udp://127.0.0.1:1", "is not an endpoint"),
         ("publish", "verdicts", [], "publish.verdicts"),
+        ("publish", "maps", "tcp://127.0.0.1:5550", "publish: tcp://127.0.0.1:5550 is given twice"),
+        ("plausible", "frozen_frames", 1, "plausible.frozen_frames: 0 (off) or at least 2"),
         ("camera", "pixel_format", "YUV", "camera.pixel_format: input should be 'Mono8', 'Mono10'"),
     ],
 )
 def test_impossible_values_name_what_is_allowed(good, tmp_path, section, key, value, message):
-    (good[section] if section else good)[key] = value
+    (good.setdefault(section, {}) if section else good)[key] = value
     assert message in complaint(tmp_path, good)
 
 

@@ -23,7 +23,7 @@ def test_gap_across_the_wrap_counts_no_zero():
 
 
 def test_usb_ids_start_at_0_and_do_not_wrap_at_16_bits():
-    assert missing(BlockIdCounter.usb(), [0, 1, 4, 65535, 65536]) == [0, 0, 2, 65530, 0]
+    assert missing(BlockIdCounter.usb(), [0, 1, 4, 30000, 60000, 65535, 65536]) == [0, 0, 2, 29995, 29999, 5534, 0]
 
 
 def test_the_first_frames_of_an_acquisition_can_be_lost_too():
@@ -35,6 +35,13 @@ def test_the_first_frames_of_an_acquisition_can_be_lost_too():
 def test_a_counter_that_stands_still_or_goes_back_is_a_reset_not_a_gap(counter):
     assert missing(counter, [1, 2, 2, 1]) == ([0, 0, 0, 0] if counter.wraps_after else [1, 0, 0, 0])
     assert counter.resets == 2
+
+
+def test_an_impossible_jump_is_a_reset_not_a_trillion_lost_frames():
+    counter = BlockIdCounter.usb()
+    assert missing(counter, [0, 5, 2**40, 2**40 + 2]) == [0, 4, 0, 1]
+    assert counter.resets == 1
+    assert BlockIdCounter.usb().missing_before(2**50) == 0
 
 
 def test_ids_that_mean_nothing_are_skipped():

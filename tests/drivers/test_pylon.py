@@ -125,6 +125,38 @@ def test_a_trigger_without_a_frame_is_a_timeout(opened):
     assert frame.status is FrameStatus.COMPLETE
 
 
+class LateResults:
+    """The real grabber, except that one result comes only after its trigger was given up."""
+
+    def __init__(self, camera, late):
+        self._camera, self._late, self._calls = camera, late, 0
+
+    def __getattr__(self, name):
+        return getattr(self._camera, name)
+
+    def ExecuteSoftwareTrigger(self):
+        self._calls += 1
+        self._camera.ExecuteSoftwareTrigger()
+
+    def RetrieveResult(self, timeout_ms, handling):
+        if self._calls == self._late:
+            return self._camera.RetrieveResult(0, handling) if timeout_ms < 0 else _Nothing()
+        return self._camera.RetrieveResult(timeout_ms, handling)
+
+
+class _Nothing:
+    def IsValid(self):
+        return False
+
+
+def test_a_late_frame_is_neither_the_next_triggers_nor_a_second_report(opened):
+    camera = opened(trigger="software", trigger_timeout_ms=50, features={"TestImageSelector": "Testimage2"})
+    camera._camera = LateResults(camera._camera, late=2)
+    frames = some_frames(camera, 5)
+    assert [f.status for f in frames] == ["complete", "timeout", "complete", "complete", "complete"]
+    assert [f.device_id for f in frames] == [0, None, 0, 1, 2], "the acquisition began anew"
+
+
 def test_image_folders_are_played_with_their_colours(opened, tmp_path):
     for index, (r, g, b) in enumerate([(200, 30, 60), (20, 180, 90)]):
         cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((48, 64, 3), (b, g, r), np.uint8))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import cv2
 import numpy as np
 import pytest
@@ -90,6 +92,30 @@ def test_video_files(tmp_path):
     frames = play(path)
     assert [round(float(f.image.mean()), -1) for f in frames] == [40, 120, 200]
     assert [f.source for f in frames] == ["line.avi#0", "line.avi#1", "line.avi#2"]
+
+
+def test_a_truncated_video_ends_with_an_unreadable_frame(tmp_path):
+    path = tmp_path / "line.avi"
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    for value in range(40):
+        video.write(np.full((48, 64, 3), value * 5, np.uint8))
+    video.release()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    frames = play(path)
+    assert 5 < len(frames) < 40
+    assert {f.status for f in frames[:-1]} == {"complete"}
+    assert frames[-1].status is FrameStatus.UNREADABLE
+    assert "of 40: truncated" in frames[-1].detail
+    with pytest.raises(CameraError, match="decoded as BGR8, not Mono8"):
+        play(path, pixel_format=PixelFormat.MONO8)
+
+
+def test_names_that_are_not_utf_8_can_still_be_published(tmp_path):
+    name = b"teil_\xe4.png"
+    (tmp_path / os.fsdecode(name)).write_bytes(cv2.imencode(".png", picture())[1].tobytes())
+    (frame,) = play(tmp_path)
+    assert frame.source == "teil_\ufffd.png"
+    assert frame.status is FrameStatus.COMPLETE
 
 
 def test_nothing_to_play(tmp_path):

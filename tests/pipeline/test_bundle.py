@@ -106,6 +106,13 @@ def test_missing_folder_and_missing_weights(tmp_path, copy):
         read_bundle(copy)
 
 
+@pytest.mark.parametrize("text", ['{"a": NaN}', "[" * 100_000, '{"format": "inspectord.bundle/1", "x": Infinity}'])
+def test_manifests_that_are_no_strict_json_are_refused(copy, text):
+    (copy / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match="not valid JSON"):
+        read_bundle(copy)
+
+
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("a bundle was unpickled",))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,18 @@ def test_a_frame_that_does_not_fit_the_format_is_invalid_format(bundle, part):
     assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.FORMAT)
 
 
+def test_twelve_bits_called_sixteen_are_invalid_format_and_not_four_bits_too_dark(bundle, rng):
+    trained = replace(bundle, training={"pixel_formats": ["Mono12"]})
+    image = rng.integers(500, 4000, (96, 96)).astype(np.uint16)
+    inspector = Inspector(trained, CpuEngine(bundle.model))
+    found = inspector.inspect(Frame(FrameStatus.COMPLETE, "x", image=image, pixel_format=PixelFormat.MONO16))
+    assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.FORMAT)
+    assert "trained on Mono12, this is Mono16; set pixel_format" in found.detail
+    for shot, fmt in ((image, PixelFormat.MONO12), ((image // 16).astype(np.uint8), PixelFormat.MONO8)):
+        found = inspector.inspect(Frame(FrameStatus.COMPLETE, "x", image=shot, pixel_format=fmt))
+        assert found.outcome is not Outcome.INVALID
+
+
 # Plausible images
 
 
@@ -136,6 +150,17 @@ def test_black_and_saturated_frames(fmt, rng):
     assert "black" in (check().problem(noise, fmt) or "")
     assert "saturated" in (check().problem(np.full((64, 64), fmt.max_value, fmt.dtype), fmt) or "")
     assert check().problem((noise + fmt.max_value // 2).astype(fmt.dtype), fmt) is None
+
+
+@pytest.mark.parametrize("fmt", [f for f in PixelFormat if f.bayer and f.bits == 8])
+@pytest.mark.parametrize("colour", ["R", "G", "B"])
+def test_one_dark_or_bright_bayer_colour_makes_no_frame_implausible(fmt, colour):
+    positions = np.array([c == colour for c in fmt.bayer]).reshape(2, 2)
+    one = np.tile(positions, (32, 32))
+    lit = np.where(one, 3, 150).astype(np.uint8)  # that colour is dark, the others are not
+    assert check().problem(lit, fmt) is None
+    blinding = np.where(one, 255, 60).astype(np.uint8)
+    assert check().problem(blinding, fmt) is None
 
 
 def test_a_few_hot_pixels_do_not_make_a_black_frame_plausible():

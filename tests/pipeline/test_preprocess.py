@@ -9,8 +9,8 @@ import pytest
 
 from drivers.bayer import mosaic
 from drivers.frame import PixelFormat
-from pipeline.preprocess import FormatMismatch, Preprocessor, PreprocessSpec, flat_field_gain
-from pipeline.preprocess_cuda import KERNEL, kernel_arguments
+from pipeline.preprocess import FormatMismatch, Preprocessor, PreprocessSpec, check_correction, flat_field_gain
+from pipeline.preprocess_cuda import kernel_arguments, kernel_source
 from pipeline.scoring import FrameArea
 from tests.pipeline import reference
 
@@ -115,6 +115,19 @@ def test_flat_field_no_brighter_than_dark_is_left_alone():
     assert flat_field_gain(flat, np.full((2, 2), 5, np.float32), is_bayer=False)[0, 1] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([[1.0, np.nan]]), "not finite"),
+        (np.zeros(5), "must be grey or R, G, B"),
+        (np.zeros((4, 4, 4)), "must be grey or R, G, B"),
+    ],
+)
+def test_correction_frames_that_cannot_be_are_refused(array, message):
+    with pytest.raises(ValueError, match=message):
+        check_correction(array.astype(np.float32))
+
+
 def test_frames_that_do_not_fit_are_refused(rng):
     image = random_image(PixelFormat.MONO8, rng)
     with pytest.raises(FormatMismatch, match="reaches beyond"):
@@ -140,7 +153,7 @@ static struct { int x, y; } blockIdx, threadIdx;
 static const struct { int x, y; } blockDim = {1, 1};
 %s
 extern "C" void run(
-    const SAMPLE* raw, const float* dark, const float* gain, const unsigned char* ignored,
+    const sample_t* raw, const float* dark, const float* gain, const unsigned char* ignored,
     int width, int height, int kind, int colours, int is_bgr, float max_value, float ignored_value,
     const int* sy, const float* wy, int ty, const int* sx, const float* wx, int tx,
     const float* scale, const float* offset, float* out, int ow, int oh) {
@@ -158,12 +171,12 @@ def host_kernels(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C++ compiler to build the CUDA kernel's source for the host")
     folder = tmp_path_factory.mktemp("kernel")
-    (folder / "host.cpp").write_text(HOST % KERNEL)
     kernels = {}
-    for bits, sample in ((8, "unsigned char"), (16, "unsigned short")):
+    for bits in (8, 16):
         library = folder / f"k{bits}.so"
+        (folder / "host.cpp").write_text(HOST % kernel_source(bits))
         subprocess.run(
-            [compiler, "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-DSAMPLE={sample}",
+            [compiler, "-O1", "-ffp-contract=off", "-shared", "-fPIC",
              str(folder / "host.cpp"), "-o", str(library)],
             check=True,
         )  # fmt: skip

@@ -45,6 +45,23 @@ def test_ignored_areas_count_neither_in_score_nor_regions_nor_quantiles():
     assert scorer.stretch(values).max() == pytest.approx(3.0)
 
 
+def test_a_strip_thinner_than_a_cell_does_not_vanish_from_the_mask():
+    ignore = np.zeros((2048, 2048), bool)
+    ignore[1000:1004] = True
+    scorer = Scorer(Geometry(), ignore)
+    assert scorer.ignored_score.any(axis=1).sum() == 1
+    assert scorer.ignored_cells.any(axis=1).sum() == 1
+    values = np.zeros((56, 56), np.float32)
+    values[scorer.ignored_cells] = 5.0
+    assert scorer.stretch(values).max() == scorer.counted_values(values).max() == scorer.blank(values).max() == 0
+
+
+def test_without_an_autoencoder_the_map_is_the_student_teacher_map_alone(rng):
+    st, ae = rng.random((2, 56, 56)).astype(np.float32)
+    got = combine_maps(st, ae, Quantiles(0.2, 0.7, None, None))
+    np.testing.assert_allclose(got, 0.1 * (st - 0.2) / 0.5, atol=1e-6)
+
+
 def test_mask_that_leaves_nothing_is_refused():
     with pytest.raises(ValueError, match="leaves nothing"):
         Scorer(Geometry(), np.ones((64, 64), bool))

@@ -57,6 +57,7 @@ class Line:
             self.subscriber.subscribe(f"{topic}/{self.config['station']}/".encode())
 
     def start(self):
+        self._close_files()
         self.log = (self.folder / "daemon.log").open("a+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "daemon.cli", "run", "-c", str(self.path)],
@@ -117,9 +118,13 @@ class Line:
             if self.process.poll() is None:
                 self.process.kill()
             self.process.wait()
+        self._close_files()
+        self.context.destroy(linger=0)
+
+    def _close_files(self):
+        if self.process is not None:
             self.process.stdout.close()
             self.log.close()
-        self.context.destroy(linger=0)
 
     def sequences(self):
         return [v["sequence"] for v in self.verdicts]

@@ -4,18 +4,27 @@ import contextlib
 import datetime
 import signal
 import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from daemon.config import PublishConfig, StationConfig
+from daemon.station import Station, StationFailed
+from drivers.camera import CameraInfo
 from drivers.replay import list_images
+from drivers.synthetic import SyntheticOptions
 from pipeline.bundle import read_bundle
 from pipeline.engine_cpu import CpuEngine
+from pipeline.engines import EngineChoice
 from pipeline.inspect import Inspector
 from pipeline.plausible import PlausibleLimits
 from tests.conftest import SHARED_DATA
+from tests.system.line import REPOSITORY, free_port
 
 SYNTHETIC = {"driver": "synthetic", "seed": 3, "width": 96, "height": 96, "defect_rate": 0.3}
 REASONS = {
@@ -213,6 +222,81 @@ def test_an_address_in_use_is_said(line):
     assert f"cannot bind {bench.verdict_endpoint}: Address already in use" in bench.read_log()
 
 
+def test_an_empty_folder_is_said_and_not_tried_for_ever(line, tmp_path):
+    (tmp_path / "empty").mkdir()
+    bench = line({"driver": "replay", "path": str(tmp_path / "empty")}).start()
+    assert bench.process.wait(60) == 1
+    assert "no images there" in bench.read_log()
+
+
+def test_a_log_and_a_notify_socket_that_are_gone_do_not_stop_the_line(line):
+    bench = line({**SYNTHETIC, "frames": 20})
+    bench.environment = {"NOTIFY_SOCKET": "/nowhere/notify"}
+    bench.start()
+    assert bench.finish()[0] == 0
+    assert bench.sequences() == list(range(1, 21))
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a log disk without space
+        done = subprocess.run(
+            [sys.executable, "-m", "daemon.cli", "run", "-c", str(bench.path)],
+            cwd=REPOSITORY, stderr=full, stdout=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert "20 frames:" in done.stdout
+
+
+def test_a_second_signal_ends_at_once_whichever_came_first(line):
+    bench = line({**SYNTHETIC, "width": 8000, "height": 8000}).start()  # each part takes seconds to render
+    bench.receive_until(lambda: bench.health)
+    bench.process.send_signal(signal.SIGTERM)
+    bench.receive_until(lambda: any(e["event"] == "stopping" for e in bench.log_events()) or bench.receive(0.05))
+    bench.process.send_signal(signal.SIGINT)
+    assert bench.process.wait(60) == 128 + signal.SIGINT
+
+
+class HungCamera:
+    """A camera whose driver call never returns, as after a pulled cable on some hosts."""
+
+    live = True
+
+    def __init__(self):
+        self.let_go = threading.Event()
+
+    def open(self):
+        return CameraInfo("hung", "hung")
+
+    def grab(self, timeout_s):
+        self.let_go.wait(120)
+        return []
+
+    def close(self):
+        pass
+
+
+def test_a_driver_call_that_never_returns_is_abandoned_when_stopping(tiny_bundle, tmp_path):
+    config = StationConfig(
+        station="hung",
+        camera=SyntheticOptions(),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
+        state_dir=tmp_path,
+    )
+    camera, failures = HungCamera(), []
+    station = Station(config, camera=camera)
+
+    def run():
+        try:
+            station.run()
+        except StationFailed as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    station.stop()
+    thread.join(60)
+    camera.let_go.set()
+    assert failures == ["the camera's driver did not return; it was abandoned with its device"]
+
+
 def test_two_daemons_cannot_run_one_station(line):
     bench = line(SYNTHETIC).start()
     bench.receive_until(lambda: bench.verdicts)
@@ -245,13 +329,6 @@ def test_broken_bundles_are_refused_at_start_with_exit_code_2(line, tiny_bundle,
 
 def test_an_engine_fault_is_invalid_and_the_daemon_goes_on(tiny_bundle, tmp_path, monkeypatch):
     """In process, because no real CPU engine fails on demand: FaultyEngine stands for a device that does."""
-    import threading
-
-    from daemon.config import PublishConfig, StationConfig
-    from daemon.station import Station
-    from drivers.synthetic import SyntheticOptions
-    from pipeline.engines import EngineChoice
-    from tests.system.line import free_port
 
     class FaultyEngine(CpuEngine):
         calls = 0
