@@ -259,12 +259,13 @@ class HungCamera:
     live = True
 
     def __init__(self):
-        self.let_go = threading.Event()
+        self.grabbing, self.let_go = threading.Event(), threading.Event()
 
     def open(self):
         return CameraInfo("hung", "hung")
 
     def grab(self, timeout_s):
+        self.grabbing.set()
         self.let_go.wait(120)
         return []
 
@@ -291,6 +292,7 @@ def test_a_driver_call_that_never_returns_is_abandoned_when_stopping(tiny_bundle
 
     thread = threading.Thread(target=run)
     thread.start()
+    assert camera.grabbing.wait(60)
     station.stop()
     thread.join(60)
     camera.let_go.set()
