@@ -1,5 +1,5 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each does its own set-up.
-# On Debian and Ubuntu `python3 -m venv` needs the package python3-venv; without it pip is fetched instead.
+# Debian and Ubuntu split `python3 -m venv` off into the package python3-venv: root gets it installed, others are told.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +21,10 @@ check: $(VENV)/.dev
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "inspectord needs Python 3.11 or newer; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV) || $(PYTHON) .ci/venv_without_ensurepip.py $(VENV)
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+		test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv; } || { \
+		echo "python3 -m venv does not work here: sudo apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
