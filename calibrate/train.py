@@ -100,6 +100,7 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
     listener = listener or Listener()
     if is_bundle(options.out) and not options.overwrite:
         raise TrainingError(f"{options.out.absolute()} holds a finished bundle; add --overwrite to replace it")
+    options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is said at once
     device = _device(options.device)
     precision = _precision(options.precision, device)
     preprocess = Preprocessor(options.preprocess)

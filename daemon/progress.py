@@ -44,7 +44,8 @@ class ConsoleListener(Listener):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.signal(signal.SIGINT, self._previous)
-        self._bar.stop()
+        if self._task is not None:
+            self._bar.stop()
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         if self._stop:

@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_run_is_refused_unless_told_to_restart(options):
 
 
 def test_a_damaged_checkpoint_says_what_to_do(options):
-    options.out.mkdir()
+    options.out.mkdir(exist_ok=True)
     (options.out / FILE).write_bytes(b"half a checkpoint")
     with pytest.raises(CheckpointError, match="--restart"):
         train(options)
@@ -302,3 +302,11 @@ def test_layouts_that_cannot_be_evaluated(tmp_path, good_parts):
     shutil.copytree(good_parts, tmp_path / "good")
     with pytest.raises(DatasetError, match="12 good and 0 defective"):
         load_test_images(tmp_path)
+
+
+def test_an_output_folder_that_cannot_be_written_is_said_before_training(options, tmp_path):
+    (tmp_path / "file").write_text("")
+    notes = Notes()
+    with pytest.raises(OSError, match="Not a directory|File exists"):
+        train(replace(options, out=tmp_path / "file" / "below"), notes)
+    assert notes.said == []
