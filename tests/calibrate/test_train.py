@@ -307,6 +307,6 @@ def test_layouts_that_cannot_be_evaluated(tmp_path, good_parts):
 def test_an_output_folder_that_cannot_be_written_is_said_before_training(options, tmp_path):
     (tmp_path / "file").write_text("")
     notes = Notes()
-    with pytest.raises(OSError, match="Not a directory|File exists"):
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
         train(replace(options, out=tmp_path / "file" / "below"), notes)
     assert notes.said == []
