@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import time
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,7 @@ from calibrate.normalize import QUANTILE_A, QUANTILE_B, choose_threshold, map_qu
 from calibrate.teacher import channel_statistics, random_teacher
 from drivers.frame import Image, PixelFormat
 from drivers.replay import decode_image, format_of, list_images
-from pipeline.bundle import Bundle, Model, is_bundle, write_bundle
+from pipeline.bundle import Bundle, Model, is_bundle, sha256_hex, write_bundle
 from pipeline.engine import RawMaps
 from pipeline.engines import make_engine
 from pipeline.geometry import Geometry
@@ -140,9 +139,8 @@ class _Run:
         listener: Listener,
     ) -> None:
         self.options, self.good, self.device, self.precision = options, good, device, precision
-        self.preprocess = preprocess
         self.listener = listener
-        self.images = self._prepared(good.train, options.cache_mib)
+        self.images = PreparedImages(good.train, preprocess, options.pixel_format, options.cache_mib)
         self.tiles = options.geometry.tiles()
         try:
             self.scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
@@ -159,9 +157,6 @@ class _Run:
         learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
         self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY)
 
-    def _prepared(self, files: list[ImageFile], cache_mib: int) -> PreparedImages:
-        return PreparedImages(files, self.preprocess, self.options.pixel_format, cache_mib)
-
     def prepare_teacher(self) -> None:
         """Put the teacher in and measure its channels over the training images."""
         options = self.options
@@ -174,7 +169,7 @@ class _Run:
     def settings(self) -> dict[str, Any]:
         """Everything that determines the outcome, to tell whether a checkpoint belongs to this run."""
         o, spec = self.options, self.options.preprocess
-        arrays = {n: None if a is None else a.tobytes() for n, a in vars(spec).items() if n in _ARRAY_FIELDS}
+        arrays = {name: getattr(spec, name) for name in _ARRAY_FIELDS}
         return {
             "steps": o.steps,
             "seed": o.seed,
@@ -182,12 +177,12 @@ class _Run:
             "size": o.size,
             "geometry": o.geometry.to_json(),
             "roi": None if spec.roi is None else asdict(spec.roi),
-            "corrections": {name: _digest(data) for name, data in arrays.items()},
+            "corrections": {n: None if a is None else sha256_hex(a.tobytes()) for n, a in arrays.items()},
             "pixel_format": None if o.pixel_format is None else o.pixel_format.value,
             "held_out_share": o.held_out_share,
             "losses": asdict(o.losses),
             "quantile_levels": list(o.quantile_levels),
-            "natural_images": _digest(
+            "natural_images": sha256_hex(
                 "\n".join(f"{f.name} {f.path.stat().st_size}" for f in self.natural_files).encode()
             ),
             "precision": self.precision,
@@ -369,10 +364,6 @@ def _precision(choice: Precision, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "fp32"
-
-
-def _digest(data: bytes | None) -> str | None:
-    return None if data is None else hashlib.sha256(data).hexdigest()
 
 
 def load_correction(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -121,11 +121,17 @@ def evaluate(
 
         chosen = _one_of(device, "--device", "auto", "cpu", "cuda")
         with ConsoleListener("scoring") as listener:
+
+            def on_image(done: int, total: int) -> None:
+                listener.step(done, total, {})
+                if listener.should_stop():
+                    raise KeyboardInterrupt
+
             result = evaluate_bundle(
                 read_bundle(bundle),
                 dataset,
                 chosen,  # type: ignore[arg-type]
-                lambda done, total: listener.step(done, total, {}),
+                on_image,
             )
     defective = sum(kind.images for kind in result.kinds.values())
     typer.echo(f"image AU-ROC {result.auroc:.4f} ({result.good_images} good, {defective} defective)")

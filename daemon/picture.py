@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from daemon.messages import VerdictMessage
+from pipeline.geometry import MAP_PADDING_CELLS
 
 _COLOURS = {"OK": "#2a9d3f", "NG": "#d62728", "INVALID": "#b8860b"}
 
@@ -26,7 +27,7 @@ class PictureRow:
     mask: NDArray[np.bool_]
     """(height, width), where the defect truly is."""
     anomaly_map: NDArray[np.float32]
-    """As published: (map_height, map_width), unpadded."""
+    """As published by an unpadded model: (map_height, map_width)."""
     truth: str
     verdict: VerdictMessage
 
@@ -52,7 +53,8 @@ def save_picture(rows: Sequence[PictureRow], path: Path) -> None:
         part.set_title(f"{verdict.verdict}  {score}", color=_COLOURS[verdict.verdict], fontweight="bold")
         heat.imshow(row.rgb.mean(axis=2), cmap="gray")
         cells_y, cells_x = row.anomaly_map.shape
-        pad_x, pad_y = 4 * width / (cells_x + 8), 4 * height / (cells_y + 8)
+        pad = MAP_PADDING_CELLS
+        pad_x, pad_y = pad * width / (cells_x + 2 * pad), pad * height / (cells_y + 2 * pad)
         extent = (pad_x, width - pad_x, height - pad_y, pad_y)
         heat.imshow(row.anomaly_map, cmap="inferno", alpha=0.75, vmin=0, vmax=top, extent=extent)
         heat.set_xlim(0, width)

@@ -24,7 +24,7 @@ from daemon.tally import Summary, Tally, summarise
 from drivers.camera import Camera
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus
-from pipeline.bundle import Bundle, BundleError, Model, read_bundle
+from pipeline.bundle import Bundle, Model, read_bundle
 from pipeline.engines import EngineChoice, EngineUnavailable, make_engine
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 
@@ -157,7 +157,7 @@ class Station:
     def _engine_device(self, judging: Judging) -> str:
         try:
             return judging.ready.result().engine.device
-        except (EngineUnavailable, BundleError):
+        except EngineUnavailable:
             raise
         except Exception as error:
             self._log.error("the engine could not be made", exc_info=error)

@@ -16,12 +16,6 @@ CameraOptions = Annotated[
     Field(discriminator="driver"),
 ]
 
-DRIVERS: dict[str, type[SyntheticOptions] | type[ReplayOptions] | type[PylonOptions]] = {
-    "synthetic": SyntheticOptions,
-    "replay": ReplayOptions,
-    "pylon": PylonOptions,
-}
-
 
 def make_camera(options: SyntheticOptions | ReplayOptions | PylonOptions) -> Camera:
     """Make the camera that the options describe; it is opened later, by its own thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -237,15 +237,12 @@ class PylonCamera:
             raise EndOfStream
         self._release()
         try:
-            frames = self._trigger_and_grab(timeout_s) if self._software else self._retrieve(timeout_s)
+            software = self._options.trigger == "software"
+            frames = self._trigger_and_grab(timeout_s) if software else self._retrieve(timeout_s)
         except self._genicam.GenericException as error:
             raise CameraLost(_first_line(error)) from error
         self._count += len(frames)
         return frames
-
-    @property
-    def _software(self) -> bool:
-        return self._options.trigger == "software"
 
     def _trigger_and_grab(self, timeout_s: float) -> list[Frame]:
         """Fire one trigger and return its frame, or the report that it brought none.
@@ -358,14 +355,9 @@ class PylonCamera:
         if camera is None:
             return
         for step in (self._release, camera.StopGrabbing, camera.Close, camera.DestroyDevice):
-            with self._ignoring_a_dead_device():
+            # A device that is gone refuses each step of its own closing; the next steps still matter.
+            with contextlib.suppress(self._genicam.GenericException):
                 step()
-
-    @contextlib.contextmanager
-    def _ignoring_a_dead_device(self) -> Iterator[None]:
-        """A device that is gone refuses each step of its own closing; the next steps still matter."""
-        with contextlib.suppress(self._genicam.GenericException):
-            yield
 
 
 _GENICAM_ALIASES = {"BGR8Packed": "BGR8", "RGB8Packed": "RGB8"}

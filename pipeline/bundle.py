@@ -103,7 +103,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
     if spec.ignore is not None:
         blobs[_IGNORE] = cv2.imencode(".png", spec.ignore.astype(np.uint8) * 255)[1].tobytes()
     files: dict[str, dict[str, Any]] = {
-        name: {"sha256": _sha256(blob), "bytes": len(blob)} for name, blob in blobs.items()
+        name: {"sha256": sha256_hex(blob), "bytes": len(blob)} for name, blob in blobs.items()
     }
     preprocessing: dict[str, Any] = {
         "width": spec.width,
@@ -126,7 +126,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "created": bundle.created,
         "versions": dict(bundle.versions),
         "model_id": files[WEIGHTS]["sha256"][:12],
-        "calibration_id": _sha256(_canonical(basis))[:12],
+        "calibration_id": sha256_hex(_canonical(basis))[:12],
         "architecture": {"name": "EfficientAD", "size": model.size, "geometry": model.geometry.to_json()},
         "preprocessing": preprocessing,
         "calibration": calibration,
@@ -134,7 +134,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "training": dict(bundle.training),
         "files": files,
     }
-    manifest["checksum"] = _sha256(_canonical(manifest))
+    manifest["checksum"] = sha256_hex(_canonical(manifest))
     for name, blob in blobs.items():
         write_atomically(folder / name, blob)
     text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
@@ -157,7 +157,7 @@ def read_bundle(folder: Path) -> Bundle:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise BundleError(f"{manifest_path.absolute()}: format is {found!r}, this version reads {FORMAT!r}")
     checksum = manifest.pop("checksum", None)
-    if checksum != _sha256(_canonical(manifest)):
+    if checksum != sha256_hex(_canonical(manifest)):
         raise BundleError(
             f"{manifest_path.absolute()}: checksum does not fit: damaged or edited by hand "
             "(set `threshold` in the station's configuration instead of editing a bundle)"
@@ -234,7 +234,7 @@ def _read_file(path: Path, facts: dict[str, Any]) -> bytes:
         raise BundleError(f"{path.absolute()}: {error.strerror}") from error
     if len(blob) != facts["bytes"]:
         raise BundleError(f"{path.absolute()}: {len(blob)} bytes instead of {facts['bytes']}: truncated?")
-    if _sha256(blob) != facts["sha256"]:
+    if sha256_hex(blob) != facts["sha256"]:
         raise BundleError(f"{path.absolute()}: SHA-256 does not fit bundle.json: damaged or from another bundle")
     return blob
 
@@ -270,7 +270,8 @@ def write_atomically(path: Path, blob: bytes) -> None:
         raise
 
 
-def _sha256(blob: bytes) -> str:
+def sha256_hex(blob: bytes) -> str:
+    """Return the SHA-256 of some bytes as 64 hex digits."""
     return hashlib.sha256(blob).hexdigest()
 
 

@@ -34,7 +34,7 @@ class Reason(StrEnum):
     CAMERA = "camera"
     OVERLOAD = "overload"
     FORMAT = "format"
-    """Size or pixel format do not fit the bundle's region of interest, mask or correction frames."""
+    """Size, pixel format or bit depth do not fit the bundle's region, mask, corrections or training."""
     IMAGE = "image"
     """Black, saturated or frozen."""
     ENGINE = "engine"

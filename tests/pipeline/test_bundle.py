@@ -27,7 +27,7 @@ def edit_manifest(folder, change):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest.pop("checksum")
     change(manifest)
-    manifest["checksum"] = bundle._sha256(bundle._canonical(manifest))
+    manifest["checksum"] = bundle.sha256_hex(bundle._canonical(manifest))
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
