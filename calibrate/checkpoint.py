@@ -76,6 +76,12 @@ def load_checkpoint(folder: Path, model: EfficientAD, optimizer: torch.optim.Ada
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path.absolute()}: {error}; train with --restart to begin anew") from error
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in states.items():
+        for name, value in state.items():
+            if value.shape == parameters[index].shape:
+                # The fused optimiser walks memory: its state must be laid out as the parameter is.
+                state[name] = torch.empty_like(parameters[index], requires_grad=False).copy_(value)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

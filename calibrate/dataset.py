@@ -1,4 +1,4 @@
-"""Find the images of a data set, split off held-out ones, and load them as the networks will see them."""
+"""Verify good images, split off held-out ones, and load them as the networks will see them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.layouts import DatasetError, ImageFile, Layout, training_files
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
-from drivers.replay import decode_image, format_of, list_images
+from drivers.replay import decode_image, format_of
 from pipeline.preprocess import Preprocessor
 
 MAX_CORRUPT_SHARE = 0.05
-
-
-class DatasetError(Exception):
-    """A data set that cannot be used; the message says what is wrong and what would be right."""
-
-
-class ImageFile(NamedTuple):
-    """One file of a data set."""
-
-    name: str
-    """Relative to the data set, POSIX style."""
-    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +26,17 @@ class GoodImages:
     held_out: list[ImageFile]
     corrupt: list[tuple[str, str]]
     """Names and reasons of files that were skipped."""
+    duplicates: list[list[str]]
+    """Groups of files with the same content."""
+    digests: list[str]
+    """Of the contents of all usable files, so that an evaluation can leave them out."""
     fingerprint: str
     """SHA-256 over names and contents of all usable files."""
     pixel_formats: list[str]
     """Pixel formats among them."""
-
-
-class TestImage(NamedTuple):
-    """One image of a test set with what is known of it."""
-
-    file: ImageFile
-    kind: str
-    """`good`, or the kind of defect: the folder's name."""
-
-
-def good_folder(dataset: Path) -> Path:
-    """Return the folder of good training images: MVTec AD's `train/good`, else the folder itself."""
-    nested = dataset / "train" / "good"
-    return nested if nested.is_dir() else dataset
+    sizes: list[tuple[int, int]]
+    """(width, height) among them, px."""
+    layout: Layout
 
 
 def load_good_images(
@@ -63,9 +44,12 @@ def load_good_images(
 ) -> GoodImages:
     """List, verify and split the good images.
 
+    Images with the same content stay on one side of the split, so that nothing that was learnt is held out.
+
     Args:
-        dataset: a folder of good images, or an MVTec-AD-style tree with `train/good`.
-        held_out_share: share of the images that training never sees, at least one image.
+        dataset: a folder of good images, or a data set in a layout of `calibrate.layouts`.
+        held_out_share: share of the images that training never sees, at least one image; a data set with
+            validation images of its own holds out those instead.
         seed: of the shuffle.
         fit: names an image's pixel format, or raises ValueError when the image does not fit the run.
 
@@ -73,71 +57,76 @@ def load_good_images(
         DatasetError: no folder, fewer than two usable images, more than 5% unreadable files, or a readable
             image that does not fit.
     """
-    folder = good_folder(dataset)
-    if not folder.is_dir():
-        raise DatasetError(f"{dataset.absolute()}: no such folder")
-    if not (dataset / "train" / "good").is_dir() and (dataset / "test").is_dir():
-        raise DatasetError(f"{dataset.absolute()}: has test/ but no train/good/ with good images to learn from")
-    usable: list[ImageFile] = []
+    found = training_files(dataset)
     corrupt: list[tuple[str, str]] = []
-    digest = hashlib.sha256()
     formats: set[str] = set()
-    for name, path in list_images(folder):
-        try:
-            image = decode_image(path)
-            contents = path.read_bytes()
-        except (OSError, ValueError) as error:
-            corrupt.append((name, str(error)))
-            continue
-        try:
-            formats.add(fit(image).value)
-        except ValueError as error:
-            raise DatasetError(f"{path.absolute()}: {error}") from error
-        digest.update(name.encode() + b"\0" + hashlib.sha256(contents).digest())
-        usable.append(ImageFile(name, path))
+    sizes: set[tuple[int, int]] = set()
+
+    def verify(files: list[ImageFile]) -> dict[str, list[ImageFile]]:
+        by_content: dict[str, list[ImageFile]] = {}
+        for file in files:
+            try:
+                image = decode_image(file.path)
+                contents = file.path.read_bytes()
+            except (OSError, ValueError) as error:
+                corrupt.append((file.name, str(error)))
+                continue
+            try:
+                formats.add(fit(image).value)
+            except ValueError as error:
+                raise DatasetError(f"{file.path.absolute()}: {error}") from error
+            sizes.add((image.shape[1], image.shape[0]))
+            by_content.setdefault(image_digest(contents), []).append(file)
+        return by_content
+
+    good, validation = verify(found.good), verify(found.validation)
+    both = good.keys() & validation.keys()
+    usable = {digest: files for digest, files in good.items() if digest not in both} | validation
+    count = sum(len(files) for files in usable.values())
     if len(usable) < 2:
         raise DatasetError(
-            f"{folder.absolute()}: {len(usable)} usable images ({len(corrupt)} unreadable). Training needs at "
-            "least 2 good images, one of them held out for quantiles and threshold; 20 or more are advised"
+            f"{dataset.absolute()}: {len(usable)} different usable images ({len(corrupt)} unreadable, layout: "
+            f"{found.layout}). Training needs at least 2 good images, one of them held out for quantiles and "
+            "threshold; 20 or more are advised"
         )
-    if len(corrupt) > MAX_CORRUPT_SHARE * (len(usable) + len(corrupt)):
+    if len(corrupt) > MAX_CORRUPT_SHARE * (count + len(corrupt)):
         listed = "\n".join(f"  {name}: {why}" for name, why in corrupt[:10])
         raise DatasetError(
-            f"{folder.absolute()}: {len(corrupt)} of {len(usable) + len(corrupt)} files cannot be read, more "
+            f"{dataset.absolute()}: {len(corrupt)} of {count + len(corrupt)} files cannot be read, more "
             f"than {MAX_CORRUPT_SHARE:.0%}:\n{listed}"
         )
-    order = np.random.default_rng([seed, 0]).permutation(len(usable))
-    count = min(len(usable) - 1, max(1, round(held_out_share * len(usable))))
-    held_out = sorted(order[:count].tolist())
-    train = sorted(order[count:].tolist())
+    if validation:
+        train, held_out = sorted(usable.keys() - validation.keys()), sorted(validation)
+        if not train:
+            raise DatasetError(f"{dataset.absolute()}: no image to learn from beside the validation images")
+    else:
+        digests = list(usable)
+        order = np.random.default_rng([seed, 0]).permutation(len(digests))
+        take = min(len(digests) - 1, max(1, round(held_out_share * len(digests))))
+        train, held_out = [digests[i] for i in sorted(order[take:])], [digests[i] for i in sorted(order[:take])]
+    duplicates = [[file.name for file in files] for files in usable.values() if len(files) > 1]
+    duplicates += [[file.name for file in good[digest] + validation[digest]] for digest in sorted(both)]
     return GoodImages(
-        [usable[i] for i in train], [usable[i] for i in held_out], corrupt, digest.hexdigest(), sorted(formats)
+        train=[file for digest in train for file in usable[digest]],
+        held_out=[usable[digest][0] for digest in held_out],
+        corrupt=corrupt,
+        duplicates=duplicates,
+        digests=sorted(usable),
+        fingerprint=_fingerprint(usable),
+        pixel_formats=sorted(formats),
+        sizes=sorted(sizes),
+        layout=found.layout,
     )
 
 
-def load_test_images(dataset: Path) -> list[TestImage]:
-    """List test images by kind.
+def image_digest(contents: bytes) -> str:
+    """Return what two files with the same content have in common: 16 hex digits of their SHA-256."""
+    return hashlib.sha256(contents).hexdigest()[:16]
 
-    Args:
-        dataset: an MVTec-AD-style tree with `test/KIND/`, or a folder with `good/` and other kinds.
 
-    Raises DatasetError when there is no such layout, no good or no defective image.
-    """
-    root = dataset / "test" if (dataset / "test").is_dir() else dataset
-    if not (root / "good").is_dir():
-        raise DatasetError(f"{root.absolute()}: no folder `good` beside the folders of defects")
-    kinds = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in ("train", "ground_truth"))
-    images = [
-        TestImage(ImageFile(f"{kind}/{name}", path), kind)
-        for kind in kinds
-        for name, path in list_images(root / kind)
-    ]
-    good = sum(image.kind == "good" for image in images)
-    if good == 0 or good == len(images):
-        raise DatasetError(
-            f"{root.absolute()}: {good} good and {len(images) - good} defective images; both are needed"
-        )
-    return images
+def _fingerprint(files: dict[str, list[ImageFile]]) -> str:
+    lines = sorted(f"{file.name}\0{digest}" for digest, same in files.items() for file in same)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_frame(file: ImageFile, pixel_format: PixelFormat | None = None) -> Frame:
@@ -162,6 +151,8 @@ class PreparedImages:
         self._cache: dict[int, NDArray[np.float32]] = {}
         image_bytes = 12 * preprocess.spec.width * preprocess.spec.height
         self._cacheable = budget_mib * 2**20 // image_bytes
+        self.cache_bytes = image_bytes * min(len(files), self._cacheable)
+        """Memory that the cache takes once it is full."""
 
     def __len__(self) -> int:
         return len(self._files)
@@ -173,10 +164,13 @@ class PreparedImages:
             return cached
         file = self._files[index]
         try:
-            image: Image = decode_image(file.path)
-            prepared = self._preprocess(image, format_of(image, self._pixel_format))
+            prepared = self.prepare(decode_image(file.path))
         except (OSError, ValueError) as error:
             raise DatasetError(f"{file.path.absolute()}: {error}") from error
         if len(self._cache) < self._cacheable:
             self._cache[index] = prepared
         return prepared
+
+    def prepare(self, image: Image) -> NDArray[np.float32]:
+        """Turn a decoded file into the networks' input, (3, height, width). Raises ValueError."""
+        return self._preprocess(image, format_of(image, self._pixel_format))

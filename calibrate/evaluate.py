@@ -2,42 +2,101 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
-from calibrate.dataset import DatasetError, load_test_images, read_frame
+from calibrate.dataset import image_digest, read_frame
+from calibrate.layouts import GOOD, DatasetError, TestImage, TestSet, load_test_set, read_defects
+from calibrate.metrics import ImageMetrics, PixelMetrics, PixelTally, Rate, image_metrics, score_edges
 from drivers.frame import PixelFormat
 from pipeline.bundle import Bundle
 from pipeline.engines import DeviceChoice, make_engine
 from pipeline.inspect import Inspector, Outcome
 from pipeline.plausible import PlausibleLimits
+from pipeline.scoring import FloatMap, Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredImage:
+    """One test image with what the bundle says of it."""
+
+    image: TestImage
+    score: float
+    anomaly_map: FloatMap
+    """(map_height, map_width), normalised."""
+    shape: tuple[int, int]
+    """(height, width) of the image, px."""
 
 
 @dataclass(frozen=True, slots=True)
 class KindResult:
     """Result for one kind of defect against all good images."""
 
-    images: int
-    auroc: float
-    found: int
-    """Images above the threshold."""
+    image: ImageMetrics
+    pixel: PixelMetrics | None
+    """None where no image of this kind has a mask."""
+    escapes: Rate
+    """Images of this kind at or below the threshold."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Evaluation:
     """Result on a test set."""
 
-    auroc: float
-    """Image AU-ROC, 0 … 1."""
-    good_images: int
-    false_rejects: int
-    """Good images above the threshold."""
+    image: ImageMetrics
+    pixel: PixelMetrics | None
+    """Within the region of interest, ignored pixels left out; None without masks."""
     threshold: float
+    false_rejects: Rate
+    """Good images above the threshold."""
+    escapes: Rate
+    """Defective images at or below it."""
     kinds: dict[str, KindResult]
+    scored: list[ScoredImage]
+    test_set: TestSet
+    seen: list[str]
+    """Names of test images left out because the model was trained or calibrated on their content."""
+    without_mask: int
+    """Defective images that pixel metrics leave out."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """What was run on what."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Describe the result; all metrics from 0 to 1."""
+        return {
+            "image": _image_json(self.image),
+            "pixel": None if self.pixel is None else _pixel_json(self.pixel),
+            "threshold": {
+                "value": self.threshold,
+                "good": self.false_rejects.of,
+                "false_rejects": self.false_rejects.count,
+                "false_reject_rate": self.false_rejects.rate,
+                "false_reject_interval": self.false_rejects.interval,
+                "defective": self.escapes.of,
+                "escapes": self.escapes.count,
+                "escape_rate": self.escapes.rate,
+                "escape_interval": self.escapes.interval,
+            },
+            "kinds": {
+                name: {
+                    "images": kind.escapes.of,
+                    **{f"image_{k}": v for k, v in _image_json(kind.image).items()},
+                    **({} if kind.pixel is None else {f"pixel_{k}": v for k, v in _pixel_json(kind.pixel).items()}),
+                    "escapes": kind.escapes.count,
+                    "escape_rate": kind.escapes.rate,
+                    "escape_interval": kind.escapes.interval,
+                }
+                for name, kind in self.kinds.items()
+            },
+            "run": {**self.run, "left_out_as_seen": self.seen, "defective_without_mask": self.without_mask},
+        }
 
 
 def evaluate(
@@ -46,42 +105,147 @@ def evaluate(
     device: DeviceChoice = "auto",
     on_image: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score every test image through the daemon's own path.
+    """Score every test image through the daemon's own path and compare with the truth.
+
+    Args:
+        bundle: to evaluate.
+        dataset: in one of the layouts of `calibrate.layouts`.
+        device: that runs the networks.
+        on_image: told how many of how many images are done.
 
     Raises DatasetError when the layout is not known or an image cannot be judged, EngineUnavailable.
     """
-    images = load_test_images(dataset)
-    engine = make_engine(bundle.model, device).engine
+    test_set = load_test_set(dataset)
+    images, seen = _unseen(test_set.images, bundle)
+    engine = make_engine(bundle.model, device)
     # A test set may hold black or repeated pictures on purpose: every image gets a score.
     limits = PlausibleLimits(black_below=0, saturated_above=1, frozen_frames=0)
-    inspector = Inspector(bundle, engine, limits=limits)
+    inspector = Inspector(bundle, engine.engine, limits=limits)
     declared = bundle.training.get("pixel_format")
     pixel_format = None if declared is None else PixelFormat(declared)
-    scores = []
-    for index, (file, _kind) in enumerate(images):
-        try:
-            frame = read_frame(file, pixel_format)
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"{file.path.absolute()}: {error}") from error
-        inspection = inspector.inspect(frame)
-        if inspection.outcome is Outcome.INVALID or inspection.score is None:
-            raise DatasetError(f"{file.path.absolute()}: {inspection.reason}: {inspection.detail}")
-        scores.append(inspection.score)
+    scored = []
+    for index, image in enumerate(images):
+        scored.append(_score(inspector, image, pixel_format))
         if on_image is not None:
             on_image(index + 1, len(images))
-    values, kinds = np.array(scores), np.array([kind for _file, kind in images])
-    good = kinds == "good"
+    scores = np.array([s.score for s in scored])
+    kinds = np.array([s.image.kind for s in scored])
+    good = kinds == GOOD
+    tally, masked = _tally(bundle, test_set, scored)
+    names = sorted(set(kinds[~good].tolist()))
     results = {}
-    for kind in sorted(set(kinds[~good].tolist())):
-        here = kinds == kind
-        both = good | here
-        auroc = float(roc_auc_score(here[both], values[both]))
-        found = int((values[here] > inspector.threshold).sum())
-        results[kind] = KindResult(int(here.sum()), auroc, found)
+    for name in names:
+        both = good | (kinds == name)
+        here = scores[kinds == name]
+        results[name] = KindResult(
+            image=image_metrics(~good[both], scores[both]),
+            pixel=tally.metrics((GOOD, name)),
+            escapes=Rate(int((here <= inspector.threshold).sum()), len(here)),
+        )
     return Evaluation(
-        auroc=float(roc_auc_score(~good, values)),
-        good_images=int(good.sum()),
-        false_rejects=int((values[good] > inspector.threshold).sum()),
+        image=image_metrics(~good, scores),
+        pixel=tally.metrics((GOOD, *names)),
         threshold=inspector.threshold,
+        false_rejects=Rate(int((scores[good] > inspector.threshold).sum()), int(good.sum())),
+        escapes=Rate(int((scores[~good] <= inspector.threshold).sum()), int((~good).sum())),
         kinds=results,
+        scored=scored,
+        test_set=test_set,
+        seen=seen,
+        without_mask=int((~good).sum()) - masked,
+        run={
+            "dataset": str(dataset.absolute()),
+            "layout": test_set.layout.value,
+            "images": len(scored),
+            "model": bundle.model_id,
+            "calibration": bundle.calibration_id,
+            "size": bundle.model.size,
+            "image_size": [bundle.model.geometry.image_width, bundle.model.geometry.image_height],
+            "teacher": dict(bundle.teacher),
+            "training": {
+                k: bundle.training.get(k) for k in ("preset", "steps", "seed", "learning_rate", "precision")
+            },
+            "device": engine.engine.device,
+            "machine": platform.machine(),
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("inspectord", "torch", "scikit-learn")
+            },
+        },
     )
+
+
+def read_pixels(scored: ScoredImage, bundle: Bundle, scorer: Scorer) -> tuple[FloatMap, tuple[slice, slice]]:
+    """Stretch an image's map to the pixels of its region of interest.
+
+    Returns the map, −inf where ignored, and the region's rows and columns in the image.
+    """
+    area = bundle.model.preprocess.area(scored.shape[1], scored.shape[0])
+    stretched = scorer.stretch(scored.anomaly_map)
+    ignored = np.isneginf(stretched)
+    size = (area.width, area.height)
+    pixels = cv2.resize(np.where(ignored, np.float32(0), stretched), size, interpolation=cv2.INTER_LINEAR)
+    if ignored.any():
+        pixels[cv2.resize(ignored.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0] = -np.inf
+    return np.asarray(pixels, np.float32), (slice(area.y, area.y + area.height), slice(area.x, area.x + area.width))
+
+
+def _unseen(images: list[TestImage], bundle: Bundle) -> tuple[list[TestImage], list[str]]:
+    """Leave out images that the model was trained or calibrated on: they would flatter it."""
+    known = set(bundle.training.get("digests", ()))
+    kept, seen = [], []
+    for image in images:
+        try:
+            digest = image_digest(image.file.path.read_bytes()) if known else ""
+        except OSError as error:
+            raise DatasetError(f"{image.file.path.absolute()}: {error.strerror}") from error
+        if digest in known:
+            seen.append(image.file.name)
+        else:
+            kept.append(image)
+    good = sum(image.kind == GOOD for image in kept)
+    if good == 0 or good == len(kept):
+        raise DatasetError(
+            f"{good} good and {len(kept) - good} defective images are left after leaving out {len(seen)} that the "
+            "bundle was trained on; both are needed"
+        )
+    return kept, seen
+
+
+def _score(inspector: Inspector, image: TestImage, pixel_format: PixelFormat | None) -> ScoredImage:
+    path = image.file.path.absolute()
+    try:
+        frame = read_frame(image.file, pixel_format)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: {error}") from error
+    found = inspector.inspect(frame)
+    if found.outcome is Outcome.INVALID or found.score is None or found.anomaly_map is None or frame.image is None:
+        raise DatasetError(f"{path}: {found.reason}: {found.detail}")
+    height, width = frame.image.shape[:2]
+    return ScoredImage(image, found.score, found.anomaly_map, (height, width))
+
+
+def _tally(bundle: Bundle, test_set: TestSet, scored: list[ScoredImage]) -> tuple[PixelTally, int]:
+    """Count all pixels by score and truth; the number of defective images that have masks."""
+    scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
+    tally = PixelTally(score_edges(s.anomaly_map for s in scored))
+    masked = 0
+    for one in scored:
+        defective = one.image.kind != GOOD
+        if defective and not one.image.masks:
+            continue
+        pixels, window = read_pixels(one, bundle, scorer)
+        regions, saturating = read_defects(test_set, one.image, one.shape, window)
+        tally.add(one.image.kind, pixels, regions, saturating)
+        masked += defective
+    return tally, masked
+
+
+def _image_json(metrics: ImageMetrics) -> dict[str, float]:
+    return {"auroc": metrics.auroc, "ap": metrics.ap, "f1_max": metrics.f1_max}
+
+
+def _pixel_json(metrics: PixelMetrics) -> dict[str, float]:
+    values = {"auroc": metrics.auroc, "ap": metrics.ap, "aupro": metrics.aupro}
+    if metrics.auspro is not None and metrics.auspro_30 is not None:
+        values |= {"auspro": metrics.auspro, "auspro_30": metrics.auspro_30}
+    return values

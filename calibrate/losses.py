@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.geometry import Tile
@@ -59,42 +60,70 @@ def hard_feature_loss(difference: Tensor, quantile: float) -> Tensor:
 
 def efficientad_losses(
     model: EfficientAD,
+    described: Tensor,
     image: Tensor,
     augmented: Tensor,
     natural: Tensor | None,
     tile: Tile,
     options: LossOptions,
+    *,
+    batched: bool = True,
 ) -> Losses:
     """Compute the losses of one training step.
 
+    The student runs once over all images of the step; of its last convolution, each image needs only the half
+    that imitates the teacher or the half that imitates the autoencoder.
+
     Args:
         model: in training mode.
+        described: (N, 384, h, w), the teacher's normalised features of the image's tile.
         image: (N, 3, H, W), good images.
         augmented: the same after the autoencoder branch's augmentation; teacher, student and autoencoder
             of that branch all see it.
-        natural: (N, 3, h, w), images from outside the task, h and w at least a tile's; None: no penalty.
+        natural: (N, 3, tile height, tile width), images from outside the task; None: no penalty.
         tile: the piece that teacher and student see; the autoencoder sees the whole image.
         options: which terms, which quantile.
+        batched: one student pass; False: one after the other, in a third of the memory.
     """
     zero = image.new_zeros(())
-    piece = image[:, :, tile.y_px, tile.x_px]
-    with torch.no_grad():
-        described = model.describe(piece)
-    student = model.student(piece)[:, :TEACHER_CHANNELS]
-    hard = hard_feature_loss((described - student).float().square(), options.hard_quantile)
-
-    penalty = zero
+    as_teacher = [image[:, :, tile.y_px, tile.x_px]]
     if options.penalty and natural is not None:
-        penalty = model.student(natural)[:, :TEACHER_CHANNELS].float().square().mean()
-
+        as_teacher.append(natural)
+    as_autoencoder = [augmented[:, :, tile.y_px, tile.x_px]] if options.autoencoder else []
+    imitates = _student(model, as_teacher, as_autoencoder, batched)
+    hard = hard_feature_loss((described.float() - imitates[0].float()).square(), options.hard_quantile)
+    penalty = imitates[1].float().square().mean() if len(as_teacher) > 1 else zero
     autoencoder = student_autoencoder = zero
     if options.autoencoder:
         predicted = model.autoencode(augmented)[:, :, tile.rows, tile.columns].float()
-        augmented_piece = augmented[:, :, tile.y_px, tile.x_px]
         with torch.no_grad():
-            target = model.describe(augmented_piece).float()
-        imitated = model.student(augmented_piece)[:, TEACHER_CHANNELS:].float()
+            target = model.describe(as_autoencoder[0]).float()
         autoencoder = (target - predicted).square().mean()
         # Not detached from the autoencoder, as in the public reference.
-        student_autoencoder = (predicted - imitated).square().mean()
+        student_autoencoder = (predicted - imitates[-1].float()).square().mean()
     return Losses(hard, penalty, autoencoder, student_autoencoder)
+
+
+def _student(
+    model: EfficientAD, as_teacher: list[Tensor], as_autoencoder: list[Tensor], batched: bool
+) -> list[Tensor]:
+    """Run the student: the teacher's channels for the first images, the autoencoder's for the others."""
+    if batched:
+        trunk, last = model.student[:-1], model.student[-1]
+        count = as_teacher[0].shape[0]
+        hidden = trunk(torch.cat([*as_teacher, *as_autoencoder]))
+        split = len(as_teacher) * count
+        outputs = []
+        for here, channels in (
+            (hidden[:split], slice(None, TEACHER_CHANNELS)),
+            (hidden[split:], slice(TEACHER_CHANNELS, None)),
+        ):
+            if here.shape[0]:
+                found = F.conv2d(here, last.weight[channels], last.bias[channels])  # type: ignore[index]
+                outputs += list(torch.split(found, count))
+        return outputs
+    passes = [model.student(piece) for piece in (*as_teacher, *as_autoencoder)]
+    halves = [slice(None, TEACHER_CHANNELS)] * len(as_teacher) + [slice(TEACHER_CHANNELS, None)] * len(
+        as_autoencoder
+    )
+    return [output[:, half] for output, half in zip(passes, halves, strict=True)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.dataset import DatasetError
+from calibrate.layouts import DatasetError
 from pipeline.engine import RawMaps
 from pipeline.scoring import Quantiles, Scorer, combine_maps
 

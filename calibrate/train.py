@@ -5,16 +5,15 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 
-from calibrate.augment import augment, natural_image, read_natural_image
 from calibrate.checkpoint import (
     CheckpointError,
     Progress,
@@ -23,24 +22,33 @@ from calibrate.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from calibrate.dataset import DatasetError, GoodImages, ImageFile, PreparedImages, load_good_images
-from calibrate.losses import Losses, LossOptions, efficientad_losses
-from calibrate.normalize import QUANTILE_A, QUANTILE_B, choose_threshold, map_quantiles, score_maps
-from calibrate.teacher import channel_statistics, random_teacher
+from calibrate.dataset import GoodImages, load_good_images
+from calibrate.layouts import DatasetError, ImageFile
+from calibrate.normalize import choose_threshold, map_quantiles, score_maps
+from calibrate.options import Precision, TrainOptions
+from calibrate.report import TrainingRecord, write_training_report
+from calibrate.teacher import find_teacher
+from calibrate.trainer import Trainer
 from drivers.frame import Image, PixelFormat
-from drivers.replay import decode_image, format_of, list_images
+from drivers.replay import decode_image, format_of
 from pipeline.bundle import Bundle, Model, is_bundle, sha256_hex, write_bundle
 from pipeline.engine import RawMaps
 from pipeline.engines import make_engine
-from pipeline.geometry import Geometry
-from pipeline.networks import EfficientAD, PdnSize
-from pipeline.preprocess import Preprocessor, PreprocessSpec, check_correction, correction_for
-from pipeline.scoring import Scorer
+from pipeline.preprocess import Preprocessor, check_correction, correction_for
+from pipeline.scoring import Scorer, combine_maps
 
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
-LATE_LEARNING_RATE_FACTOR, LATE_FROM_SHARE = 0.1, 0.95
-
-Precision = Literal["auto", "fp32", "bf16"]
+REPORT = "report"
+"""Folder of training's report inside the bundle's folder."""
+_FEW_IMAGES = 10
+_LOOKS = 5
+"""How often training looks at held-out images."""
+_LOOKED_AT = 12
+"""Held-out images looked at during training; calibration takes all of them."""
+MIN_EXPLAINED = 0.05
+"""An autoencoder that explains less of the held-out features' variance than this has learnt nothing: its map
+is noise that quantile normalisation would blow up to the other map's size."""
+_LOSS_POINTS = 400
+"""Points of the report's loss curves."""
 
 
 class TrainingError(Exception):
@@ -49,32 +57,6 @@ class TrainingError(Exception):
 
 class TrainingStopped(Exception):
     """Training was asked to stop and left a checkpoint."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What `inspectord train` can be told."""
-
-    dataset: Path
-    out: Path
-    size: PdnSize = "small"
-    geometry: Geometry = field(default_factory=Geometry)
-    preprocess: PreprocessSpec = field(default_factory=lambda: PreprocessSpec(256, 256))
-    pixel_format: PixelFormat | None = None
-    steps: int = 2000
-    seed: int = 0
-    learning_rate: float = LEARNING_RATE
-    held_out_share: float = 0.1
-    false_reject_rate: float = 0.01
-    losses: LossOptions = field(default_factory=LossOptions)
-    quantile_levels: tuple[float, float] = (QUANTILE_A, QUANTILE_B)
-    natural: Path | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Precision = "auto"
-    cache_mib: int = 2048
-    checkpoint_s: float = 30.0
-    restart: bool = False
-    overwrite: bool = False
 
 
 class Listener:
@@ -100,178 +82,200 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
     if is_bundle(options.out) and not options.overwrite:
         raise TrainingError(f"{options.out.absolute()} holds a finished bundle; add --overwrite to replace it")
     options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is said at once
-    device = _device(options.device)
-    precision = _precision(options.precision, device)
+    device = device_of(options.device)
+    precision = resolve_precision(options.precision, device)
     preprocess = Preprocessor(options.preprocess)
+    try:
+        scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
     good = load_good_images(
-        options.dataset, options.held_out_share, options.seed, lambda image: _fit(image, preprocess, options)
+        options.dataset, options.held_out_share, options.seed, lambda image: fit_image(image, preprocess, options)
     )
     _tell_of_images(good, listener)
-    run = _Run(options, good, preprocess, device, precision, listener)
-    settings = run.settings()
-    progress = _progress_to_resume(options, settings)
-    if progress is not None:
-        load_checkpoint(options.out, run.model, run.optimizer)
-        listener.say(f"resuming from the checkpoint at step {progress.step} of {options.steps}")
-    else:
-        listener.say(f"teacher: random weights, seed {options.seed} (a stand-in: no trained teacher ships yet)")
-        run.prepare_teacher()
-    start = 0 if progress is None else progress.step
-    listener.say(f"training {options.size} on {device.type} in {precision}, {options.steps} steps")
-    _train_steps(run, start, settings, listener)
+    teacher = find_teacher(options.teacher, options.size, options.seed)
+    listener.say(f"teacher: {teacher.facts['name']} ({teacher.facts['origin']})")
+    try:
+        trainer = Trainer(options, good, preprocess, device, precision)
+        settings = _settings(trainer, good, teacher.facts)
+        progress = _progress_to_resume(options, settings)
+        if progress is not None:
+            load_checkpoint(options.out, trainer.model, trainer.optimizer)
+            listener.say(f"resuming from the checkpoint at step {progress.step} of {options.steps}")
+        else:
+            trainer.prepare_teacher(teacher)
+        penalty = f"{'procedural' if options.natural is None else 'natural'} images for the penalty"
+        listener.say(
+            f"training {options.size} on {device.type} in {precision}, {options.steps} steps, "
+            f"{penalty if options.losses.penalty else 'no penalty'}"
+        )
+        losses = _train_steps(trainer, good, scorer, 0 if progress is None else progress.step, settings, listener)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]} Try --tiles 2x2, --size small, a smaller "
+            "--image-size, or --device cpu; the last checkpoint is intact"
+        ) from error
+    for name, why in trainer.natural.unreadable.items():
+        listener.say(f"skipped natural image {name}: {why}")
+    use_autoencoder = options.losses.autoencoder
+    if use_autoencoder and options.autoencoder_map == "auto":
+        explained = trainer.explained_by_autoencoder(_prepared(trainer, good.held_out))
+        use_autoencoder = explained >= MIN_EXPLAINED
+        listener.say(
+            f"the autoencoder explains {explained:.1%} of the held-out features' variance"
+            + ("" if use_autoencoder else ": its map would be noise and is left out (--autoencoder keeps it)")
+        )
     listener.say(f"calibrating on {len(good.held_out)} held-out images")
-    bundle = _calibrate(run, settings)
+    weights = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
+    model = Model(options.size, options.geometry, options.preprocess, weights)
+    maps = raw_maps(model, good.held_out, options)
+    bundle, scores = calibrated(
+        model,
+        maps,
+        scorer,
+        options,
+        autoencoder=use_autoencoder,
+        teacher=teacher.facts,
+        training=_training_facts(settings, good, options),
+    )
     bundle = write_bundle(bundle, options.out)
     delete_checkpoint(options.out)
+    record = TrainingRecord(
+        losses=losses,
+        loss_names=_LOSS_NAMES,
+        held_out_names=[file.name for file in good.held_out],
+        held_out_paths=[file.path for file in good.held_out],
+        held_out_scores=scores,
+        held_out_maps=[combine_maps(m.student_teacher, m.autoencoder, bundle.quantiles) for m in maps],
+    )
+    listener.say(f"report: {write_training_report(record, bundle, options.out / REPORT).absolute()}")
     return bundle
 
 
-class _Run:
-    """Networks, optimiser and data of one training run."""
+def calibrated(
+    model: Model,
+    maps: list[RawMaps],
+    scorer: Scorer,
+    options: TrainOptions,
+    *,
+    autoencoder: bool,
+    teacher: dict[str, Any],
+    training: dict[str, Any],
+) -> tuple[Bundle, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Take quantiles and threshold from the raw maps of held-out images; the bundle and their scores."""
+    levels = options.quantile_levels
+    quantiles = map_quantiles(maps, scorer, levels, autoencoder=autoencoder)
+    scores = score_maps(maps, scorer, quantiles)
+    threshold = choose_threshold(scores, options.false_reject_rate)
+    bundle = Bundle(
+        model=model,
+        quantiles=quantiles,
+        threshold=threshold.value,
+        teacher=teacher,
+        calibration={
+            "quantile_levels": list(levels),
+            "held_out_images": threshold.held_out,
+            "wanted_false_reject_rate": options.false_reject_rate,
+            "false_reject_bound": threshold.false_reject_bound,
+        },
+        training=training,
+        versions={
+            name: importlib.metadata.version(name)
+            for name in ("inspectord", "torch", "numpy", "opencv-python-headless")
+        },
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    return bundle, scores
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        good: GoodImages,
-        preprocess: Preprocessor,
-        device: torch.device,
-        precision: str,
-        listener: Listener,
-    ) -> None:
-        self.options, self.good, self.device, self.precision = options, good, device, precision
-        self.listener = listener
-        self.images = PreparedImages(good.train, preprocess, options.pixel_format, options.cache_mib)
-        self.tiles = options.geometry.tiles()
+
+def _settings(trainer: Trainer, good: GoodImages, teacher: dict[str, Any]) -> dict[str, Any]:
+    """Everything that determines the outcome, to tell whether a checkpoint belongs to this run."""
+    o, spec = trainer.options, trainer.options.preprocess
+    arrays = {name: getattr(spec, name) for name in _ARRAY_FIELDS}
+    return {
+        "preset": o.preset,
+        "steps": o.steps,
+        "seed": o.seed,
+        "learning_rate": o.learning_rate,
+        "whiten": o.whiten,
+        "size": o.size,
+        "teacher": teacher,
+        "geometry": o.geometry.to_json(),
+        "roi": None if spec.roi is None else asdict(spec.roi),
+        "corrections": {n: None if a is None else sha256_hex(a.tobytes()) for n, a in arrays.items()},
+        "pixel_format": None if o.pixel_format is None else o.pixel_format.value,
+        "turns": asdict(o.turns),
+        "held_out_share": o.held_out_share,
+        "losses": asdict(o.losses),
+        "quantile_levels": list(o.quantile_levels),
+        "natural_images": trainer.natural.fingerprint,
+        "precision": trainer.precision,
+        "device": trainer.device.type,
+        "pixel_formats": good.pixel_formats,
+        "images_train": len(good.train),
+        "images_held_out": len(good.held_out),
+        "fingerprint": good.fingerprint,
+    }
+
+
+def _training_facts(settings: dict[str, Any], good: GoodImages, options: TrainOptions) -> dict[str, Any]:
+    """What a bundle remembers of its training."""
+    facts = {name: value for name, value in settings.items() if name != "teacher"}
+    return {**facts, "dataset": str(options.dataset.absolute()), "digests": good.digests}
+
+
+def _prepared(trainer: Trainer, files: list[ImageFile]) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
+    """Decode and prepare files one by one. Raises DatasetError."""
+    for file in files:
         try:
-            self.scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
-        self.natural_files = _natural_files(options)
-        self.unreadable_natural: set[str] = set()
-        # float32 means float32: no TF32 behind its name on a GPU.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.manual_seed(options.seed)
-        self.model = EfficientAD(options.size, options.geometry).to(device)
-        if device.type == "cpu":
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
-        self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY)
+            yield trainer.images.prepare(decode_image(file.path))
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{file.path.absolute()}: {error}") from error
 
-    def prepare_teacher(self) -> None:
-        """Put the teacher in and measure its channels over the training images."""
-        options = self.options
-        teacher = random_teacher(options.size, options.geometry, options.seed)
-        self.model.teacher.load_state_dict(teacher.state_dict())
-        mean, std = channel_statistics(self.model.teacher, self.images, options.geometry, self.device)
-        self.model.teacher_mean.copy_(mean)
-        self.model.teacher_std.copy_(std)
 
-    def settings(self) -> dict[str, Any]:
-        """Everything that determines the outcome, to tell whether a checkpoint belongs to this run."""
-        o, spec = self.options, self.options.preprocess
-        arrays = {name: getattr(spec, name) for name in _ARRAY_FIELDS}
-        return {
-            "steps": o.steps,
-            "seed": o.seed,
-            "learning_rate": o.learning_rate,
-            "size": o.size,
-            "geometry": o.geometry.to_json(),
-            "roi": None if spec.roi is None else asdict(spec.roi),
-            "corrections": {n: None if a is None else sha256_hex(a.tobytes()) for n, a in arrays.items()},
-            "pixel_format": None if o.pixel_format is None else o.pixel_format.value,
-            "held_out_share": o.held_out_share,
-            "losses": asdict(o.losses),
-            "quantile_levels": list(o.quantile_levels),
-            "natural_images": sha256_hex(
-                "\n".join(f"{f.name} {f.path.stat().st_size}" for f in self.natural_files).encode()
-            ),
-            "precision": self.precision,
-            "device": self.device.type,
-            "pixel_formats": self.good.pixel_formats,
-            "images_train": len(self.good.train),
-            "images_held_out": len(self.good.held_out),
-            "fingerprint": self.good.fingerprint,
-        }
-
-    def step(self, step: int) -> Losses:
-        """Do one training step; all its randomness follows from the seed and the step's number."""
-        options = self.options
-        rng = np.random.default_rng([options.seed, 1, step])
-        torch.manual_seed(int(rng.integers(2**31)))  # dropout
-        epoch, place = divmod(step, len(self.images))
-        order = np.random.default_rng([options.seed, 2, epoch]).permutation(len(self.images))
-        image = self.images[int(order[place])]
-        tile = self.tiles[int(rng.integers(len(self.tiles)))]
-        augmented = augment(image, rng)
-        natural = self._natural(rng) if options.losses.penalty and self.natural_files else None
-        late = step >= int(LATE_FROM_SHARE * options.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * (LATE_LEARNING_RATE_FACTOR if late else 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = efficientad_losses(
-                self.model,
-                self._tensor(image),
-                self._tensor(augmented),
-                None if natural is None else self._tensor(natural),
-                tile,
-                options.losses,
-            )
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return losses
-
-    def _tensor(self, image: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
-        tensor = torch.from_numpy(image)[None].to(self.device)
-        return tensor.contiguous(memory_format=torch.channels_last)
-
-    def _natural(self, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
-        tile = self.tiles[0]
-        height, width = tile.y_px.stop - tile.y_px.start, tile.x_px.stop - tile.x_px.start
-        for _ in range(_NATURAL_TRIES):
-            file = self.natural_files[int(rng.integers(len(self.natural_files)))]
-            try:
-                return natural_image(read_natural_image(file.path), width, height, rng)
-            except (OSError, ValueError) as error:
-                if file.name not in self.unreadable_natural:
-                    self.listener.say(f"skipped natural image {file.name}: {error}")
-                self.unreadable_natural.add(file.name)
-        raise DatasetError(f"{_NATURAL_TRIES} natural images in a row cannot be read; check --natural")
-
-    def held_out_maps(self, model: Model) -> list[RawMaps]:
-        """Run the held-out images through the very engine that the daemon uses."""
-        engine = make_engine(model, "cpu" if self.device.type == "cpu" else "auto").engine
-        maps = []
-        for file in self.good.held_out:
-            try:
-                image = decode_image(file.path)
-                maps.append(engine.raw_maps(image, format_of(image, self.options.pixel_format)))
-            except (OSError, ValueError) as error:
-                raise DatasetError(f"{file.path.absolute()}: {error}") from error
-        return maps
+def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions) -> list[RawMaps]:
+    """Run images through the very engine that the daemon uses."""
+    engine = make_engine(model, "cpu" if options.device == "cpu" else "auto").engine
+    maps = []
+    for file in files:
+        try:
+            image = decode_image(file.path)
+            maps.append(engine.raw_maps(image, format_of(image, options.pixel_format)))
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{file.path.absolute()}: {error}") from error
+    return maps
 
 
 _ARRAY_FIELDS = ("dark", "flat", "ignore")
-_NATURAL_TRIES = 10
 
 
-def _train_steps(run: _Run, start: int, settings: dict[str, Any], listener: Listener) -> None:
-    options, model = run.options, run.model
+def _train_steps(
+    trainer: Trainer, good: GoodImages, scorer: Scorer, start: int, settings: dict[str, Any], listener: Listener
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Do the remaining steps; returns the losses on the way, (points, 1 + terms)."""
+    options, model = trainer.options, trainer.model
     model.train()
     saved_s, done = time.monotonic(), start
+    curve, recent = [], []
+    every = max(1, options.steps // _LOSS_POINTS)
+    looks = {round(options.steps * share / _LOOKS) for share in range(1, _LOOKS)}
 
     def save() -> None:
-        save_checkpoint(options.out, model, run.optimizer, Progress(done, settings))
+        save_checkpoint(options.out, model, trainer.optimizer, Progress(done, settings))
 
     for step in range(start, options.steps):
-        losses = run.step(step)
+        losses = trainer.step(step)
         done = step + 1
         values = {name: float(getattr(losses, name).detach()) for name in _LOSS_NAMES}
         if not all(np.isfinite(value) for value in values.values()):
             raise TrainingError(
                 f"a loss is not finite at step {step}: {values}; the last checkpoint is intact"
-                + ("; try --precision fp32" if run.precision == "bf16" else "")
+                + ("; try --precision fp32" if trainer.precision == "bf16" else "")
             )
+        recent.append([done, *values.values()])
+        if len(recent) == every or done == options.steps:
+            curve.append(np.mean(recent, axis=0))
+            recent = []
         listener.step(done, options.steps, values)
         if done == options.steps or time.monotonic() - saved_s >= options.checkpoint_s:
             save()
@@ -279,37 +283,32 @@ def _train_steps(run: _Run, start: int, settings: dict[str, Any], listener: List
         if listener.should_stop() and done < options.steps:
             save()
             raise TrainingStopped(f"stopped at step {done} of {options.steps}; the same command goes on")
+        if done in looks:
+            listener.say(f"step {done}: {_look(trainer, good, scorer)}")
+    return np.array(curve).reshape(-1, 1 + len(_LOSS_NAMES))
 
 
 _LOSS_NAMES = ("hard", "penalty", "autoencoder", "student_autoencoder")
 
 
-def _calibrate(run: _Run, settings: dict[str, Any]) -> Bundle:
-    options = run.options
-    weights = {name: tensor.detach().cpu() for name, tensor in run.model.state_dict().items()}
-    model = Model(options.size, options.geometry, options.preprocess, weights)
-    maps = run.held_out_maps(model)
-    levels, autoencoder = options.quantile_levels, options.losses.autoencoder
-    quantiles = map_quantiles(maps, run.scorer, levels, autoencoder=autoencoder)
-    threshold = choose_threshold(score_maps(maps, run.scorer, quantiles), options.false_reject_rate)
-    return Bundle(
-        model=model,
-        quantiles=quantiles,
-        threshold=threshold.value,
-        teacher={"origin": "random weights, no training", "seed": options.seed},
-        calibration={
-            "quantile_levels": list(levels),
-            "held_out_images": threshold.held_out,
-            "wanted_false_reject_rate": options.false_reject_rate,
-            "false_reject_bound": threshold.false_reject_bound,
-        },
-        training={**settings, "dataset": str(options.dataset.absolute())},
-        versions={
-            name: importlib.metadata.version(name)
-            for name in ("inspectord", "torch", "numpy", "opencv-python-headless")
-        },
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
+@torch.inference_mode()
+def _look(trainer: Trainer, good: GoodImages, scorer: Scorer) -> str:
+    """Say how the scores of a few held-out images are spread, by quantiles of their own maps."""
+    trainer.model.eval()
+    maps = []
+    for prepared in _prepared(trainer, good.held_out[:_LOOKED_AT]):
+        st, ae = trainer.maps(prepared)
+        maps.append(RawMaps(st, ae, 0, 0))
+    trainer.model.train()
+    options = trainer.options
+    quantiles = map_quantiles(maps, scorer, options.quantile_levels, autoencoder=options.losses.autoencoder)
+    scores = np.sort(score_maps(maps, scorer, quantiles))
+    counts, _ = np.histogram(scores, bins=16)
+    bars = "".join(_BARS[min(len(_BARS) - 1, int(np.ceil(c * (len(_BARS) - 1) / counts.max())))] for c in counts)
+    return f"scores of {len(scores)} held-out images {scores[0]:.2f} |{bars}| {scores[-1]:.2f}"
+
+
+_BARS = " ▁▂▃▄▅▆▇█"
 
 
 def _progress_to_resume(options: TrainOptions, settings: dict[str, Any]) -> Progress | None:
@@ -325,7 +324,7 @@ def _progress_to_resume(options: TrainOptions, settings: dict[str, Any]) -> Prog
     )
 
 
-def _fit(image: Image, preprocess: Preprocessor, options: TrainOptions) -> PixelFormat:
+def fit_image(image: Image, preprocess: Preprocessor, options: TrainOptions) -> PixelFormat:
     """Check that format, region, mask and corrections fit an image. Raises ValueError."""
     pixel_format = format_of(image, options.pixel_format)
     area = preprocess.spec.area(image.shape[1], image.shape[0])
@@ -334,29 +333,35 @@ def _fit(image: Image, preprocess: Preprocessor, options: TrainOptions) -> Pixel
 
 
 def _tell_of_images(good: GoodImages, listener: Listener) -> None:
-    listener.say(f"{len(good.train)} good images to learn from, {len(good.held_out)} held out")
+    listener.say(f"{len(good.train)} good images to learn from, {len(good.held_out)} held out ({good.layout})")
     for name, why in good.corrupt:
         listener.say(f"skipped {name}: {why}")
-    if len(good.train) + len(good.held_out) < 20:
-        listener.say("fewer than 20 images: expect a threshold that rejects good parts; photograph more")
+    for names in good.duplicates:
+        listener.say(f"the same image twice, kept on one side of the split: {', '.join(names[:5])}")
+    if len(good.sizes) > 1:
+        widths, heights = zip(*good.sizes, strict=True)
+        listener.say(
+            f"images of {len(good.sizes)} sizes, {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)} px: "
+            "each is resized to the network's input"
+        )
+    if len(good.pixel_formats) > 1:
+        listener.say(f"pixel formats are mixed: {', '.join(good.pixel_formats)}")
+    count = len(good.train) + len(good.held_out)
+    if count < _FEW_IMAGES:
+        listener.say(
+            f"only {count} images: expect defects like the training images' own differences to escape, and about "
+            f"1 good part in {len(good.held_out) + 1} to be rejected; photograph at least 20, better 100"
+        )
 
 
-def _natural_files(options: TrainOptions) -> list[ImageFile]:
-    if options.natural is None:
-        return []
-    files = [ImageFile(*pair) for pair in list_images(options.natural)]
-    if not files:
-        raise DatasetError(f"{options.natural.absolute()}: no natural images there")
-    return files
-
-
-def _device(choice: str) -> torch.device:
+def device_of(choice: str) -> torch.device:
+    """Resolve `auto`, `cpu` or `cuda`. Raises TrainingError."""
     if choice == "cuda" and not torch.cuda.is_available():
         raise TrainingError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     return torch.device("cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _precision(choice: Precision, device: torch.device) -> str:
+def resolve_precision(choice: Precision, device: torch.device) -> str:
     """Resolve `auto`: bfloat16 where the hardware multiplies it natively, else float32."""
     if choice != "auto":
         return choice

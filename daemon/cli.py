@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from daemon import cli_calibrate
+from daemon import cli_bench, cli_calibrate, cli_teacher
 from daemon.cli_errors import clear_errors
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
 )
 cli_calibrate.register(app)
+cli_teacher.register(app)
+cli_bench.register(app)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the station's YAML file", dir_okay=False)]
 StateDirOption = Annotated[

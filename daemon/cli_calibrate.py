@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from daemon.cli_errors import clear_errors
+from daemon.cli_options import area, numbers, one_of
 
 if TYPE_CHECKING:
-    from pipeline.scoring import FrameArea
+    from calibrate.evaluate import Evaluation
+    from calibrate.metrics import Rate
 
 
 def register(app: typer.Typer) -> None:
@@ -23,8 +25,14 @@ def register(app: typer.Typer) -> None:
 def train(
     dataset: Annotated[Path, typer.Argument(help="a folder of good images, or a tree with train/good")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of the bundle")],
-    steps: Annotated[int, typer.Option(min=1, help="training steps; the paper takes 70000")] = 2000,
+    preset: Annotated[
+        str, typer.Option(help="quick (minutes on a CPU), standard (tens of minutes), paper (70000 steps)")
+    ] = "standard",
+    steps: Annotated[int | None, typer.Option(min=1, help="instead of the preset's")] = None,
     size: Annotated[str, typer.Option(help="small (EfficientAD-S) or medium (EfficientAD-M)")] = "small",
+    teacher: Annotated[
+        str | None, typer.Option(help="one that ships (inspectord teachers lists them), random, or a file")
+    ] = None,
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the network's input, px")] = "256x256",
     tiles: Annotated[str, typer.Option(help="ROWSxCOLUMNS of pieces; saves memory, same map")] = "1x1",
     padded: Annotated[bool, typer.Option("--padded", help="the paper's padded PDN (64x64 maps)")] = False,
@@ -33,19 +41,39 @@ def train(
     dark_frame: Annotated[Path | None, typer.Option(help="full-frame image taken without light")] = None,
     flat_field: Annotated[Path | None, typer.Option(help="full-frame image of an even target")] = None,
     pixel_format: Annotated[str | None, typer.Option(help="of the files, such as Mono12 or BayerRG8")] = None,
-    natural: Annotated[Path | None, typer.Option(help="images for the pretraining penalty")] = None,
+    natural: Annotated[
+        Path | None, typer.Option(help="images for the pretraining penalty, instead of procedural ones")
+    ] = None,
+    flip: Annotated[
+        str, typer.Option(help="none, horizontal, vertical or both: how good parts may also lie")
+    ] = "none",
+    rotate: Annotated[
+        float, typer.Option(min=0, max=180, help="degrees to either side by which good parts may be turned")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="share kept for calibration")] = 0.1,
     false_reject_rate: Annotated[float, typer.Option(min=0.0001, max=0.5, help="wanted, of good parts")] = 0.01,
-    learning_rate: Annotated[float, typer.Option(min=1e-7, max=0.1, help="a tenth of it from 95% on")] = 1e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=1e-7, max=0.1, help="instead of the preset's; a tenth of it from 95% on")
+    ] = None,
     hard_quantile: Annotated[float, typer.Option(min=0.0, max=0.999999, help="the paper's p_hard")] = 0.999,
+    whiten: Annotated[
+        bool | None, typer.Option(help="whiten the teacher's features over the good images; unsaid: the preset's")
+    ] = None,
     quantile_a: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0 in the map")] = 0.9,
     quantile_b: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0.1")] = 0.995,
-    penalty: Annotated[bool, typer.Option(help="pretraining penalty, where --natural is given")] = True,
-    autoencoder: Annotated[bool, typer.Option(help="train the autoencoder branch")] = True,
+    penalty: Annotated[bool, typer.Option(help="pretraining penalty")] = True,
+    autoencoder: Annotated[
+        bool | None,
+        typer.Option(
+            help="always use the autoencoder's map, or do not train that branch; unsaid: use it if it learnt"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
-    cache_mib: Annotated[int, typer.Option(min=0, help="memory for prepared images")] = 2048,
+    cache_mib: Annotated[
+        int, typer.Option(min=0, help="memory for prepared images and the teacher's features")
+    ] = 4096,
     checkpoint_s: Annotated[float, typer.Option(min=0, help="seconds between checkpoints")] = 30.0,
     restart: Annotated[bool, typer.Option("--restart", help="forget an unfinished run's checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished bundle")] = False,
@@ -53,43 +81,52 @@ def train(
     """Train a bundle on good images; the same command goes on after Ctrl-C or a crash."""
     with clear_errors():
         from calibrate.losses import LossOptions
-        from calibrate.train import TrainOptions, load_correction, load_mask
+        from calibrate.options import PRESETS, TrainOptions, Turns
+        from calibrate.train import load_correction, load_mask
         from calibrate.train import train as train_bundle
         from daemon.progress import ConsoleListener
         from drivers.frame import PixelFormat
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
-        width, height = _numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
-        rows, columns = _numbers(tiles, r"(\d+)x(\d+)", "--tiles", "2x3")
+        width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
+        rows, columns = numbers(tiles, r"(\d+)x(\d+)", "--tiles", "2x3")
         if quantile_a >= quantile_b:
             raise typer.BadParameter(f"must lie above --quantile-a {quantile_a}", param_hint="--quantile-b")
+        one_of(preset, "--preset", *PRESETS)
+        chosen = PRESETS[preset]  # type: ignore[index]
+        one_of(flip, "--flip", "none", "horizontal", "vertical", "both")
         options = TrainOptions(
             dataset=dataset,
             out=out,
-            size=_one_of(size, "--size", "small", "medium"),  # type: ignore[arg-type]
+            teacher=teacher,
+            preset=preset,  # type: ignore[arg-type]
+            turns=Turns(flip in ("horizontal", "both"), flip in ("vertical", "both"), rotate),
+            size=one_of(size, "--size", "small", "medium"),  # type: ignore[arg-type]
             geometry=Geometry(width, height, padded, rows, columns),
             preprocess=PreprocessSpec(
                 width,
                 height,
-                roi=None if roi is None else _area(roi),
+                roi=None if roi is None else area(roi),
                 dark=None if dark_frame is None else load_correction(dark_frame),
                 flat=None if flat_field is None else load_correction(flat_field),
                 ignore=None if ignore_mask is None else load_mask(ignore_mask),
             ),
             pixel_format=None
             if pixel_format is None
-            else PixelFormat(_one_of(pixel_format, "--pixel-format", *(f.value for f in PixelFormat))),
-            steps=steps,
+            else PixelFormat(one_of(pixel_format, "--pixel-format", *(f.value for f in PixelFormat))),
+            steps=steps or chosen.steps,
+            whiten=chosen.whiten if whiten is None else whiten,
             seed=seed,
-            learning_rate=learning_rate,
+            learning_rate=learning_rate or chosen.learning_rate,
             held_out_share=held_out,
             false_reject_rate=false_reject_rate,
-            losses=LossOptions(hard_quantile, penalty, autoencoder),
+            losses=LossOptions(hard_quantile, penalty, autoencoder is not False),
             quantile_levels=(quantile_a, quantile_b),
             natural=natural,
-            device=_one_of(device, "--device", "auto", "cpu", "cuda"),  # type: ignore[arg-type]
-            precision=_one_of(precision, "--precision", "auto", "fp32", "bf16"),  # type: ignore[arg-type]
+            autoencoder_map="always" if autoencoder else "auto",
+            device=one_of(device, "--device", "auto", "cpu", "cuda"),  # type: ignore[arg-type]
+            precision=one_of(precision, "--precision", "auto", "fp32", "bf16"),  # type: ignore[arg-type]
             cache_mib=cache_mib,
             checkpoint_s=checkpoint_s,
             restart=restart,
@@ -110,16 +147,22 @@ def train(
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
-    dataset: Annotated[Path, typer.Argument(help="a tree with test/KIND, or good/ beside other kinds")],
+    dataset: Annotated[Path, typer.Argument(help="MVTec AD, MVTec LOCO, VisA, MTD, or good/ beside other kinds")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all metrics to this file")] = None,
+    report: Annotated[Path | None, typer.Option(help="write an HTML report with pictures into this folder")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Score a test set and print image AU-ROC, over all and for each kind of defect."""
+    """Score a test set: image and pixel metrics, each kind of defect, rejects and escapes at the threshold."""
     with clear_errors():
         from calibrate.evaluate import evaluate as evaluate_bundle
+        from calibrate.report import write_evaluation_report
         from daemon.progress import ConsoleListener
-        from pipeline.bundle import read_bundle
+        from pipeline.bundle import read_bundle, write_atomically
 
-        chosen = _one_of(device, "--device", "auto", "cpu", "cuda")
+        chosen = one_of(device, "--device", "auto", "cpu", "cuda")
+        loaded = read_bundle(bundle)
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"no folder {json_file.absolute().parent}", param_hint="--json")
         with ConsoleListener("scoring") as listener:
 
             def on_image(done: int, total: int) -> None:
@@ -127,38 +170,36 @@ def evaluate(
                 if listener.should_stop():
                     raise KeyboardInterrupt
 
-            result = evaluate_bundle(
-                read_bundle(bundle),
-                dataset,
-                chosen,  # type: ignore[arg-type]
-                on_image,
-            )
-    defective = sum(kind.images for kind in result.kinds.values())
-    typer.echo(f"image AU-ROC {result.auroc:.4f} ({result.good_images} good, {defective} defective)")
+            result = evaluate_bundle(loaded, dataset, chosen, on_image)  # type: ignore[arg-type]
+            if json_file is not None:
+                text = json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n"
+                write_atomically(json_file, text.encode())
+            if report is not None:
+                listener.say(f"report: {write_evaluation_report(result, loaded, report).absolute()}")
+    _print_evaluation(result)
+
+
+def _print_evaluation(result: Evaluation) -> None:
+    if result.seen:
+        typer.echo(f"{len(result.seen)} images that the model was trained on are left out")
+    if result.without_mask:
+        typer.echo(f"{result.without_mask} defective images have no mask: not in the pixel metrics")
+    typer.echo(f"{'':<24}{'image AU-ROC':>13}{'AP':>8}{'F1-max':>8}{'pixel AU-ROC':>14}{'AP':>8}{'AU-PRO':>8}")
+    rows = [("all", result.image, result.pixel)]
+    rows += [(name, kind.image, kind.pixel) for name, kind in result.kinds.items()]
+    for name, image, pixel in rows:
+        line = f"{name:<24}{image.auroc:>13.4f}{image.ap:>8.4f}{image.f1_max:>8.4f}"
+        if pixel is not None:
+            line += f"{pixel.auroc:>14.4f}{pixel.ap:>8.4f}{pixel.aupro:>8.4f}"
+            if pixel.auspro is not None:
+                line += f"   AU-sPRO {pixel.auspro:.4f}"
+        typer.echo(line)
+    typer.echo(f"at the threshold {result.threshold:.4f}, with 95% intervals:")
+    typer.echo(f"  {'good':<22}{_rate(result.false_rejects)} rejected")
     for name, kind in result.kinds.items():
-        typer.echo(
-            f"  {name:<20} {kind.auroc:.4f}   {kind.found} of {kind.images} above threshold {result.threshold:.4f}"
-        )
-    typer.echo(f"  {'good':<20}          {result.false_rejects} of {result.good_images} above the threshold")
+        typer.echo(f"  {name:<22}{_rate(kind.escapes)} escaped")
 
 
-def _numbers(text: str, pattern: str, option: str, example: str) -> list[int]:
-    match = re.fullmatch(pattern, text)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not like {example}", param_hint=option)
-    return [int(number) for number in match.groups()]
-
-
-def _area(text: str) -> FrameArea:
-    from pipeline.scoring import FrameArea
-
-    x, y, width, height = _numbers(text, r"(\d+),(\d+),(\d+),(\d+)", "--roi", "100,50,800,600")
-    if width < 3 or height < 3:
-        raise typer.BadParameter("width and height must be at least 3 px", param_hint="--roi")
-    return FrameArea(x, y, width, height)
-
-
-def _one_of(value: str, option: str, *allowed: str) -> str:
-    if value not in allowed:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
-    return value
+def _rate(rate: Rate) -> str:
+    low, high = rate.interval or (0.0, 1.0)
+    return f"{rate.count:>5} of {rate.of:<5} ({low:.1%} to {high:.1%})"

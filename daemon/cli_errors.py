@@ -19,7 +19,10 @@ EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 def clear_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into one clear message and the right exit code."""
     from calibrate.checkpoint import CheckpointError
-    from calibrate.dataset import DatasetError
+    from calibrate.fetch import FetchFailed
+    from calibrate.foreign import ImportFailed
+    from calibrate.layouts import DatasetError
+    from calibrate.teacher import TeacherError
     from calibrate.train import TrainingError, TrainingStopped
     from daemon.check import CheckFailed
     from daemon.demo import DemoFailed
@@ -40,13 +43,24 @@ def clear_errors() -> Iterator[None]:
         DriverMissing,
         EngineUnavailable,
         GeometryError,
+        ImportFailed,
+        TeacherError,
         TrainingError,
     )
     try:
         yield
     except misuse as error:
         _fail(error, EXIT_MISUSED)
-    except (CameraError, CheckFailed, DemoFailed, EndpointError, StateError, StationFailed, OSError) as error:
+    except (
+        CameraError,
+        CheckFailed,
+        DemoFailed,
+        EndpointError,
+        FetchFailed,
+        StateError,
+        StationFailed,
+        OSError,
+    ) as error:
         _fail(error, EXIT_FAILED)
     except (KeyboardInterrupt, TrainingStopped) as error:
         _fail(error, EXIT_INTERRUPTED)

@@ -17,7 +17,8 @@ import yaml
 import zmq
 
 from calibrate.losses import LossOptions
-from calibrate.train import TrainOptions, train
+from calibrate.options import TrainOptions
+from calibrate.train import train
 from daemon.messages import MapMessage, VerdictMessage
 from daemon.picture import PictureRow, save_picture
 from daemon.progress import ConsoleListener

@@ -33,28 +33,28 @@ def pdn(size: PdnSize, out_channels: int, *, padded: bool) -> nn.Sequential:
     if size == "small":
         return nn.Sequential(
             nn.Conv2d(3, 128, 4, padding=wide),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.AvgPool2d(2, 2, padding=one),
             nn.Conv2d(128, 256, 4, padding=wide),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.AvgPool2d(2, 2, padding=one),
             nn.Conv2d(256, 256, 3, padding=one),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(256, out_channels, 4),
         )
     return nn.Sequential(
         nn.Conv2d(3, 256, 4, padding=wide),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.AvgPool2d(2, 2, padding=one),
         nn.Conv2d(256, 512, 4, padding=wide),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.AvgPool2d(2, 2, padding=one),
         nn.Conv2d(512, 512, 1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Conv2d(512, 512, 3, padding=one),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Conv2d(512, out_channels, 4),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Conv2d(out_channels, out_channels, 1),
     )
 
@@ -69,7 +69,7 @@ def autoencoder(out_channels: int, output_cells: int) -> nn.Sequential:
     encoder: list[nn.Module] = []
     channels = 3
     for width in (32, 32, 64, 64, 64):
-        encoder += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.ReLU()]
+        encoder += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
         channels = width
     encoder.append(nn.Conv2d(64, 64, 8))
     decoder: list[nn.Module] = []
@@ -77,13 +77,13 @@ def autoencoder(out_channels: int, output_cells: int) -> nn.Sequential:
         decoder += [
             nn.Upsample(size=cells, mode="bilinear"),
             nn.Conv2d(64, 64, 4, padding=2),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Dropout(_DROPOUT),
         ]
     decoder += [
         nn.Upsample(size=output_cells, mode="bilinear"),
         nn.Conv2d(64, 64, 3, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Conv2d(64, out_channels, 3, padding=1),
     ]
     return nn.Sequential(*encoder, *decoder)

@@ -53,7 +53,8 @@ def good_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(good_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle trained for four steps at 64×64 px: quick to run, good for nothing."""
-    from calibrate.train import TrainOptions, train
+    from calibrate.options import TrainOptions
+    from calibrate.train import train
     from pipeline.geometry import Geometry
     from pipeline.preprocess import PreprocessSpec
 

@@ -31,11 +31,18 @@ def parts():
     return model, *torch.randn(3, 1, 3, 96, 96)
 
 
-def test_terms_against_the_papers_formulas(parts):
+def losses_of(model, image, augmented, natural, tile, options, **more):
+    with torch.no_grad():
+        described = model.describe(image[:, :, tile.y_px, tile.x_px])
+    return efficientad_losses(model, described, image, augmented, natural, tile, options, **more)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_terms_against_the_papers_formulas(parts, batched):
     model, image, augmented, natural = parts
     (tile,) = model.geometry.tiles()
     with torch.no_grad():
-        losses = efficientad_losses(model, image, augmented, natural, tile, LossOptions(0.999))
+        losses = losses_of(model, image, augmented, natural, tile, LossOptions(0.999), batched=batched)
         student, teacher = model.student(image), model.describe(image)
         difference = (teacher - student[:, :384]).square().numpy()
         assert float(losses.hard) == pytest.approx(difference[difference >= np.quantile(difference, 0.999)].mean())
@@ -53,7 +60,7 @@ def test_gradients_reach_student_and_autoencoder_but_never_the_teacher(parts):
     model, image, augmented, natural = parts
     (tile,) = model.geometry.tiles()
     model.zero_grad()
-    efficientad_losses(model, image, augmented, natural, tile, LossOptions()).student_autoencoder.backward()
+    losses_of(model, image, augmented, natural, tile, LossOptions()).student_autoencoder.backward()
     assert model.autoencoder[0].weight.grad.abs().sum() > 0, "not detached, as in the public reference"
     assert model.student[0].weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.teacher.parameters())
@@ -69,7 +76,7 @@ def test_gradients_reach_student_and_autoencoder_but_never_the_teacher(parts):
 def test_ablations_switch_terms_off(parts, options, absent):
     model, image, augmented, natural = parts
     with torch.no_grad():
-        losses = efficientad_losses(model, image, augmented, natural, model.geometry.tiles()[0], options)
+        losses = losses_of(model, image, augmented, natural, model.geometry.tiles()[0], options)
     values = {n: float(getattr(losses, n)) for n in ("hard", "penalty", "autoencoder", "student_autoencoder")}
     assert {name for name, value in values.items() if value == 0} == absent
 
@@ -81,7 +88,7 @@ def test_a_tiles_losses_come_from_that_tile_and_the_whole_image_for_the_autoenco
     image = torch.randn(1, 3, 128, 128)
     tile = geometry.tiles()[3]
     with torch.no_grad():
-        losses = efficientad_losses(model, image, image, None, tile, LossOptions(0))
+        losses = losses_of(model, image, image, None, tile, LossOptions(0))
         whole = (model.describe(image) - model.student(image)[:, :384]).square()
         assert float(losses.hard) == pytest.approx(float(whole[:, :, tile.rows, tile.columns].mean()), rel=1e-4)
         both = (model.describe(image) - model.autoencode(image)).square()

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from calibrate.augment import augment, natural_image
-from calibrate.dataset import DatasetError, ImageFile, PreparedImages
+from calibrate.dataset import PreparedImages
+from calibrate.layouts import DatasetError, ImageFile
 from calibrate.normalize import choose_threshold, map_quantiles, score_maps
-from calibrate.teacher import channel_statistics, random_teacher
+from calibrate.teacher import channel_statistics, random_teacher, teacher_features
 from drivers.replay import list_images
 from pipeline.engine import RawMaps
 from pipeline.geometry import Geometry
@@ -69,9 +70,12 @@ def test_channel_statistics_against_float64(good_parts):
     geometry = Geometry(64, 64, tile_rows=2, tile_columns=1)  # overlapping tiles: each cell counts once
     files = [ImageFile(*pair) for pair in list_images(good_parts)][:5]
     images = PreparedImages(files, Preprocessor(PreprocessSpec(64, 64)), None, 100)
-    teacher = random_teacher("small", geometry, seed=4)
-    mean, std = channel_statistics(teacher, images, geometry, torch.device("cpu"))
+    teacher = random_teacher("small", seed=4)
     with torch.no_grad():
+        pieces = [
+            p for i in range(5) for p in teacher_features(teacher, torch.from_numpy(images[i])[None], geometry)
+        ]
+        mean, std = channel_statistics(pieces)
         whole = np.stack([teacher(torch.from_numpy(images[i])[None])[0].double().numpy() for i in range(5)])
     np.testing.assert_allclose(mean, whole.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(std, whole.std((0, 2, 3)), rtol=1e-4)
@@ -80,10 +84,10 @@ def test_channel_statistics_against_float64(good_parts):
 def test_random_teacher_is_seeded_and_leaves_the_global_generator_alone():
     torch.manual_seed(9)
     before = torch.random.get_rng_state()
-    a, b = (random_teacher("small", Geometry(), seed=1).state_dict() for _ in range(2))
+    a, b = (random_teacher("small", seed=1).state_dict() for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert torch.equal(before, torch.random.get_rng_state())
-    other = random_teacher("small", Geometry(), seed=2).state_dict()
+    other = random_teacher("small", seed=2).state_dict()
     assert not torch.equal(a["0.weight"], other["0.weight"])
 
 

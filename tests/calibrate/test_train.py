@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from calibrate.augment import turn
 from calibrate.checkpoint import FILE, CheckpointError, read_progress
-from calibrate.dataset import DatasetError, load_good_images, load_test_images
+from calibrate.dataset import load_good_images
 from calibrate.evaluate import evaluate
+from calibrate.layouts import DatasetError, load_test_set
 from calibrate.losses import LossOptions
-from calibrate.train import Listener, TrainingError, TrainingStopped, TrainOptions, train
+from calibrate.options import TrainOptions, Turns
+from calibrate.train import Listener, TrainingError, TrainingStopped, train
 from drivers.frame import PixelFormat
 from pipeline.bundle import read_bundle
 from pipeline.geometry import Geometry
@@ -118,24 +121,32 @@ def test_the_learning_rate_drops_at_95_percent_of_the_steps(options, monkeypatch
     monkeypatch.setattr(
         torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
     )
-    train(replace(options, steps=20))
+    train(replace(options, steps=20, learning_rate=1e-4))
     assert rates == pytest.approx([1e-4] * 19 + [1e-5])
 
 
 def test_losses_fall(options):
     notes = Notes()
-    train(replace(options, steps=25, learning_rate=1e-3), notes)
+    train(replace(options, steps=25, learning_rate=1e-3, teacher="random", whiten=False), notes)
     hard = [losses["hard"] for _, losses in notes.steps]
     assert np.mean(hard[-5:]) < 0.7 * np.mean(hard[:5])
 
 
-def test_natural_images_switch_the_penalty_on(options, tmp_path, rng):
+def test_the_penalty_is_never_silently_off(options):
+    notes = Notes()
+    train(replace(options, steps=2), notes)
+    assert notes.steps[0][1]["penalty"] > 0
+    assert any("procedural images for the penalty" in line for line in notes.said)
+
+
+def test_natural_images_of_ones_own(options, tmp_path, rng):
     folder = tmp_path / "natural"
     folder.mkdir()
     cv2.imwrite(str(folder / "n.png"), rng.integers(0, 256, (80, 80, 3)).astype(np.uint8))
     notes = Notes()
     train(replace(options, natural=folder, steps=2), notes)
     assert notes.steps[0][1]["penalty"] > 0
+    assert any("natural images for the penalty" in line for line in notes.said)
 
 
 def test_medium_padded_tiled_and_larger_images_train_too(options, tmp_path):
@@ -191,7 +202,7 @@ def test_unreadable_natural_images_are_skipped_and_said(options, tmp_path, rng):
 
 def test_the_random_teacher_is_announced(options):
     notes = Notes()
-    train(replace(options, steps=1), notes)
+    train(replace(options, steps=1, teacher="random"), notes)
     assert any("random weights" in line for line in notes.said)
     assert read_bundle(options.out).teacher["origin"].startswith("random weights")
 
@@ -228,10 +239,10 @@ def test_mvtec_trees_are_found(good_parts, tmp_path):
 
 
 def test_zero_and_one_image_are_errors(tmp_path, good_parts):
-    with pytest.raises(DatasetError, match="0 usable images"):
+    with pytest.raises(DatasetError, match="0 different usable images"):
         load_good_images(tmp_path, 0.1, 0)
     shutil.copy(good_parts / "good_0.png", tmp_path)
-    with pytest.raises(DatasetError, match=r"1 usable images .* at least 2"):
+    with pytest.raises(DatasetError, match=r"1 different usable images .* at least 2"):
         load_good_images(tmp_path, 0.1, 0)
     with pytest.raises(DatasetError, match="no such folder"):
         load_good_images(tmp_path / "missing", 0.1, 0)
@@ -251,12 +262,17 @@ def test_corrupt_files_are_listed_and_more_than_5_percent_are_an_error(good_part
 def test_tree(tmp_path, good_parts):
     from drivers.synthetic import PartRenderer, SyntheticOptions
 
-    shutil.copytree(good_parts, tmp_path / "test" / "good")
+    (tmp_path / "test" / "good").mkdir(parents=True)
     line = PartRenderer(SyntheticOptions(seed=3, width=96, height=96))
+    for i in range(12):
+        cv2.imwrite(str(tmp_path / "test" / "good" / f"{i}.png"), line.render(700 + i, "good").raw)
     for kind in ("stain", "scratch"):
         (tmp_path / "test" / kind).mkdir()
+        (tmp_path / "ground_truth" / kind).mkdir(parents=True)
         for i in range(3):
-            cv2.imwrite(str(tmp_path / "test" / kind / f"{i}.png"), line.render(500 + i, kind).raw)
+            part = line.render(500 + i, kind)
+            cv2.imwrite(str(tmp_path / "test" / kind / f"{i}.png"), part.raw)
+            cv2.imwrite(str(tmp_path / "ground_truth" / kind / f"{i}_mask.png"), part.mask.astype(np.uint8) * 255)
     return tmp_path
 
 
@@ -269,15 +285,15 @@ def test_evaluate_prints_what_a_ranking_by_hand_gives(test_tree, tiny_bundle):
 
     engine, scorer = CpuEngine(bundle.model), Scorer(bundle.model.geometry)
     scores = {}
-    for file, kind in load_test_images(test_tree):
+    for file, kind, _masks in load_test_set(test_tree).images:
         frame = read_frame(file)
         raw = engine.raw_maps(frame.image, frame.pixel_format)
         combined = combine_maps(raw.student_teacher, raw.autoencoder, bundle.quantiles)
         scores.setdefault(kind, []).append(scorer.stretch(combined).max())
     pairs = [(g < d) + 0.5 * (g == d) for g in scores["good"] for k in ("stain", "scratch") for d in scores[k]]
-    assert result.auroc == pytest.approx(np.mean(pairs))
-    assert result.false_rejects == sum(s > bundle.threshold for s in scores["good"])
-    assert {k: v.images for k, v in result.kinds.items()} == {"scratch": 3, "stain": 3}
+    assert result.image.auroc == pytest.approx(np.mean(pairs))
+    assert result.false_rejects.count == sum(s > bundle.threshold for s in scores["good"])
+    assert {k: v.escapes.of for k, v in result.kinds.items()} == {"scratch": 3, "stain": 3}
 
 
 def test_the_pixel_format_declared_in_training_is_used_again(tmp_path, options, rng):
@@ -289,7 +305,11 @@ def test_the_pixel_format_declared_in_training_is_used_again(tmp_path, options, 
     declared = replace(options, dataset=tmp_path / "good", pixel_format=PixelFormat.MONO12, steps=1)
     bundle = train(declared)
     assert read_bundle(options.out).training["pixel_format"] == "Mono12"
-    assert evaluate(bundle, tmp_path, "cpu").good_images == 4
+    for i in range(4):  # others than training saw: those would be left out
+        shutil.move(tmp_path / "good" / f"{i}.png", tmp_path / "seen.png")
+        cv2.imwrite(str(tmp_path / "good" / f"{i}.png"), rng.integers(500, 3500, (96, 96)).astype(np.uint16))
+    shutil.rmtree(options.out)
+    assert evaluate(bundle, tmp_path, "cpu").false_rejects.of == 4
     shutil.copy(tmp_path / "good" / "0.png", tmp_path / "good" / "8bit.png")
     cv2.imwrite(str(tmp_path / "good" / "8bit.png"), np.zeros((96, 96), np.uint8))
     with pytest.raises(DatasetError, match=r"8bit\.png: .* is not Mono12"):
@@ -297,11 +317,11 @@ def test_the_pixel_format_declared_in_training_is_used_again(tmp_path, options, 
 
 
 def test_layouts_that_cannot_be_evaluated(tmp_path, good_parts):
-    with pytest.raises(DatasetError, match="no folder `good`"):
-        load_test_images(tmp_path)
+    with pytest.raises(DatasetError, match="0 good and 0 defective"):
+        load_test_set(tmp_path)
     shutil.copytree(good_parts, tmp_path / "good")
     with pytest.raises(DatasetError, match="12 good and 0 defective"):
-        load_test_images(tmp_path)
+        load_test_set(tmp_path)
 
 
 def test_an_output_folder_that_cannot_be_written_is_said_before_training(options, tmp_path):
@@ -310,3 +330,71 @@ def test_an_output_folder_that_cannot_be_written_is_said_before_training(options
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
         train(replace(options, out=tmp_path / "file" / "below"), notes)
     assert notes.said == []
+
+
+def test_duplicates_stay_on_one_side_of_the_split_and_are_said(good_parts, tmp_path):
+    shutil.copytree(good_parts, tmp_path / "a")
+    for i in range(12):
+        shutil.copy(tmp_path / "a" / f"good_{i}.png", tmp_path / "a" / f"copy_{i}.png")
+    good = load_good_images(tmp_path / "a", 0.25, 0)
+    assert len(good.duplicates) == 12
+    assert len(good.held_out) == 3
+    assert len(good.train) == 18, "copies of a held-out image are not learnt from"
+    held_out = {f.path.read_bytes() for f in good.held_out}
+    assert not held_out & {f.path.read_bytes() for f in good.train}
+
+
+def test_a_data_sets_own_validation_images_are_held_out(good_parts, tmp_path):
+    shutil.copytree(good_parts, tmp_path / "train" / "good")
+    (tmp_path / "validation" / "good").mkdir(parents=True)
+    shutil.move(tmp_path / "train" / "good" / "good_1.png", tmp_path / "validation" / "good" / "x.png")
+    good = load_good_images(tmp_path, 0.5, 0)
+    assert [f.name for f in good.held_out] == ["validation/good/x.png"]
+    assert len(good.train) == 11
+
+
+def test_mixed_sizes_and_few_images_are_said(options, good_parts, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i in range(4):
+        image = cv2.imread(str(good_parts / f"good_{i}.png"))
+        cv2.imwrite(str(folder / f"{i}.png"), image[: 96 - i] if i else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
+    notes = Notes()
+    train(replace(options, dataset=folder, steps=1), notes)
+    said = "\n".join(notes.said)
+    assert "images of 4 sizes, 96x93 to 96x96 px" in said
+    assert "pixel formats are mixed: BGR8, Mono8" in said
+    assert "only 4 images: expect" in said
+
+
+def test_a_full_gpu_says_what_to_change(options, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("calibrate.trainer.Trainer.step", full)
+    with pytest.raises(TrainingError, match="Try --tiles 2x2, --size small"):
+        train(options)
+
+
+def test_progress_shows_the_held_out_scores(options):
+    notes = Notes()
+    train(replace(options, steps=5), notes)
+    looks = [line for line in notes.said if "held-out images" in line and line.startswith("step")]
+    assert len(looks) == 4
+    assert "|" in looks[0]
+
+
+def test_cached_features_change_nothing(options, tmp_path):
+    with_cache = train(replace(options, steps=12))
+    assert same_weights(with_cache, train(replace(options, steps=12, cache_mib=0, out=tmp_path / "b")))
+
+
+def test_turned_parts(rng):
+    image = rng.normal(size=(3, 20, 20)).astype(np.float32)
+    flipped = {turn(image, Turns(flip_horizontal=True), np.random.default_rng(i)).tobytes() for i in range(8)}
+    assert flipped == {image.tobytes(), np.ascontiguousarray(image[:, :, ::-1]).tobytes()}
+    whole = {turn(image, Turns(True, True), np.random.default_rng(i)).tobytes() for i in range(20)}
+    assert len(whole) == 4
+    turned = turn(image, Turns(rotate_deg=180), np.random.default_rng(0))
+    assert turned.shape == image.shape
+    assert not np.allclose(turned, image)

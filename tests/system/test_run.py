@@ -81,7 +81,8 @@ def test_every_image_of_a_folder_gets_one_verdict_in_order(line, good_parts, tin
 
     # The numbers on the wire are those of the pipeline on the same files.
     bundle = read_bundle(tiny_bundle)
-    from calibrate.dataset import ImageFile, read_frame
+    from calibrate.dataset import read_frame
+    from calibrate.layouts import ImageFile
 
     inspector = Inspector(bundle, CpuEngine(bundle.model), limits=PlausibleLimits())
     for verdict, (name, path) in zip(bench.verdicts, list_images(good_parts), strict=True):

@@ -1,0 +1,134 @@
+"""How fast training steps are, beside a straightforward implementation of the published recipe."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibrate.augment import augment
+from calibrate.dataset import load_good_images
+from calibrate.options import TrainOptions
+from calibrate.teacher import find_teacher
+from calibrate.train import device_of, fit_image, resolve_precision
+from calibrate.trainer import WEIGHT_DECAY, Trainer
+from drivers.replay import decode_image, format_of
+from pipeline.networks import TEACHER_CHANNELS, EfficientAD
+from pipeline.preprocess import Preprocessor
+
+_ROUNDS = 5
+
+
+class _Straightforward:
+    """The published recipe as one would write it down: float32, one network pass after the other.
+
+    It decodes and prepares each image anew, takes `torch.quantile`, and computes all of the student's outputs.
+    It draws what `Trainer` draws, so that both sides see the same images in the same order.
+    """
+
+    def __init__(self, trainer: Trainer, options: TrainOptions) -> None:
+        self._trainer, self._options = trainer, options
+        self._preprocess = Preprocessor(options.preprocess)
+        self.model = EfficientAD(options.size, options.geometry)
+        self.model.load_state_dict(trainer.model.state_dict())
+        self.model = self.model.to(trainer.device).train()
+        learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
+        self._optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY)
+
+    def step(self, step: int) -> float:
+        """Do one step; returns the total loss."""
+        rng = np.random.default_rng([self._options.seed, 1, step])
+        torch.manual_seed(int(rng.integers(2**31)))
+        file = self._trainer.file_of(step)
+        image = decode_image(file.path)
+        prepared = self._preprocess(image, format_of(image, self._options.pixel_format))
+        (tile,) = self._options.geometry.tiles()
+        rng.integers(1)  # the tile, drawn by the other side
+        augmented = augment(prepared, rng)
+        natural = self._trainer.natural.draw(tile, rng)
+        device = self._trainer.device
+        x, a, n = (torch.from_numpy(pixels)[None].to(device) for pixels in (prepared, augmented, natural))
+        model = self.model
+        with torch.no_grad():
+            described = model.describe(x)
+        distance = (described - model.student(x)[:, :TEACHER_CHANNELS]).square()
+        hard = distance[distance >= torch.quantile(distance, self._options.losses.hard_quantile)].mean()
+        penalty = model.student(n)[:, :TEACHER_CHANNELS].square().mean()
+        predicted = model.autoencode(a)
+        with torch.no_grad():
+            target = model.describe(a)
+        imitated = model.student(a)[:, TEACHER_CHANNELS:]
+        loss = hard + penalty + (target - predicted).square().mean() + (predicted - imitated).square().mean()
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return float(loss.detach())
+
+
+def bench_train(options: TrainOptions, steps: int, on_round: Callable[[int, int], None]) -> dict[str, Any]:
+    """Time both sides in turns in one process.
+
+    Args:
+        options: as for training; untiled, with the penalty and the autoencoder.
+        steps: timed steps a side and round; one round more warms up.
+        on_round: told how many of how many rounds are done.
+
+    Returns:
+        `machine` and `results`, one result a side with steps_per_s and ratio_to_reference.
+
+    Raises DatasetError.
+    """
+    device = device_of(options.device)
+    precision = resolve_precision(options.precision, device)
+    preprocess = Preprocessor(options.preprocess)
+    good = load_good_images(
+        options.dataset, options.held_out_share, options.seed, lambda image: fit_image(image, preprocess, options)
+    )
+    trainer = Trainer(options, good, preprocess, device, precision)
+    trainer.prepare_teacher(find_teacher(options.teacher, options.size, options.seed))
+    reference = _Straightforward(trainer, options)
+    trainer.model.train()
+    sides: dict[str, Callable[[int], float]] = {
+        "reference": reference.step,
+        "inspectord": lambda step: float(trainer.step(step).total.detach()),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(_ROUNDS + 1):
+        for name, do in sides.items():
+            begun = time.perf_counter()
+            losses[name] += [do(turn * steps + index) for index in range(steps)]
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                times[name].append(steps / (time.perf_counter() - begun))
+        on_round(turn + 1, _ROUNDS + 1)
+    base = statistics.median(times["reference"])
+    return {
+        "machine": {
+            "machine": platform.machine(),
+            "processor": platform.processor(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        },
+        "results": [
+            {
+                "side": name,
+                "size": options.size,
+                "precision": "fp32" if name == "reference" else precision,
+                "image_size": [options.geometry.image_width, options.geometry.image_height],
+                "steps_per_s": statistics.median(rates),
+                "slowest_steps_per_s": min(rates),
+                "fastest_steps_per_s": max(rates),
+                "mean_loss": statistics.fmean(losses[name]),
+                "ratio_to_reference": statistics.median(rates) / base,
+            }
+            for name, rates in times.items()
+        ],
+    }

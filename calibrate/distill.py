@@ -1,0 +1,163 @@
+"""The paper's way to a teacher: distil a pretrained backbone's features into a PDN (section 3.1, algorithm 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from calibrate.augment import read_natural_image
+from calibrate.layouts import DatasetError, ImageFile
+from pipeline.networks import TEACHER_CHANNELS, PdnSize, pdn
+from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.resample import resize
+
+BATCH, STEPS = 16, 60_000
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
+PDN_PX = 256
+BACKBONE_PX = 512
+_GREY_PROBABILITY = 0.1
+_PATCHCORE_CHANNELS = 1024
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def patchcore_target(features: Sequence[Tensor], channels: int = TEACHER_CHANNELS) -> Tensor:
+    """Combine a backbone's layers as PatchCore does (Roth et al. 2022, section 3.1).
+
+    Every 3×3 neighbourhood is averaged into 1,024 numbers by adaptive pooling along channels, coarser layers
+    are stretched to the finest one's grid, and all of them are pooled together.
+
+    Args:
+        features: of one batch, (N, channels, h, w) each, the finest grid first.
+        channels: of the result.
+
+    Returns:
+        (N, channels, h, w) on the first layer's grid.
+    """
+    grid = features[0].shape[-2:]
+    pooled = []
+    for layer in features:
+        count, _, height, width = layer.shape
+        patches = F.unfold(layer, 3, padding=1).transpose(1, 2)
+        means = F.adaptive_avg_pool1d(patches, _PATCHCORE_CHANNELS).transpose(1, 2)
+        means = means.reshape(count, _PATCHCORE_CHANNELS, height, width)
+        if (height, width) != tuple(grid):
+            means = F.interpolate(means, size=grid, mode="bilinear", align_corners=False)
+        pooled.append(means)
+    together = torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)
+    result = F.adaptive_avg_pool1d(together, channels).transpose(1, 2)
+    return result.reshape(-1, channels, *grid)
+
+
+def distill(
+    extractor: nn.Module,
+    images: Sequence[ImageFile],
+    size: PdnSize,
+    *,
+    seed: int,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    statistics_batches: int = 625,
+    backbone_px: int = BACKBONE_PX,
+    on_step: OnStep | None = None,
+) -> nn.Sequential:
+    """Train a PDN to give an extractor's features, channel by channel normalised.
+
+    Args:
+        extractor: takes (N, 3, backbone_px, backbone_px), ImageNet-normalised, and returns a list of feature
+            maps, the finest first; any module will do.
+        images: photographs; drawn at random, grey with probability 0.1.
+        size: of the PDN.
+        seed: of weights and draws.
+        steps: of Adam.
+        batch: images a step.
+        statistics_batches: batches over which the channels' mean and standard deviation are taken.
+        backbone_px: side of the extractor's input; the PDN's is 256.
+        on_step: told the step and its loss.
+
+    Returns:
+        The PDN, unpadded. It is trained padded, so that its grid is the extractor's.
+
+    Raises DatasetError when an image cannot be read.
+    """
+    draw = _draws(images, batch, np.random.default_rng([seed, 0]))
+    mean, std = _statistics(extractor, draw, statistics_batches, backbone_px)
+    torch.manual_seed(seed)
+    student = pdn(size, TEACHER_CHANNELS, padded=True)
+    optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    for step in range(steps):
+        large, small = _sizes(next(draw), backbone_px)
+        target = (_target(extractor, large) - mean) / std
+        found = student(small)
+        if target.shape[-2:] != found.shape[-2:]:
+            target = F.interpolate(target, size=found.shape[-2:], mode="bilinear", align_corners=False)
+        loss = F.mse_loss(found, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if on_step is not None:
+            on_step(step + 1, {"distillation": float(loss.detach())})
+    unpadded = pdn(size, TEACHER_CHANNELS, padded=False)
+    unpadded.load_state_dict(student.state_dict())
+    return unpadded.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _target(extractor: nn.Module, images: Tensor) -> Tensor:
+    return patchcore_target(extractor(images))
+
+
+def _statistics(
+    extractor: nn.Module, draw: Iterator[list[NDArray[np.float32]]], batches: int, backbone_px: int
+) -> tuple[Tensor, Tensor]:
+    """Take mean and standard deviation of the target's channels, (1, 384, 1, 1) each, in float64."""
+    count, total, squares = 0, torch.zeros(TEACHER_CHANNELS).double(), torch.zeros(TEACHER_CHANNELS).double()
+    shift = torch.zeros(TEACHER_CHANNELS).double()
+    for index in range(batches):
+        target = _target(extractor, _sizes(next(draw), backbone_px)[0]).double().transpose(0, 1).flatten(1)
+        if index == 0:
+            shift = target.mean(dim=1)
+        centred = target - shift[:, None]
+        count += target.shape[1]
+        total += centred.sum(dim=1)
+        squares += centred.square().sum(dim=1)
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
+    return (shift + mean).float()[None, :, None, None], std.float()[None, :, None, None]
+
+
+def _draws(
+    images: Sequence[ImageFile], batch: int, rng: np.random.Generator
+) -> Iterator[list[NDArray[np.float32]]]:
+    """Draw batches of photographs for ever, (height, width, 3) each, R, G, B, 0 … 1."""
+    while True:
+        drawn = []
+        for index in rng.integers(len(images), size=batch):
+            file = images[int(index)]
+            try:
+                pixels = read_natural_image(file.path)
+            except (OSError, ValueError) as error:
+                raise DatasetError(f"{file.path.absolute()}: {error}") from error
+            shades = pixels.astype(np.float32) / np.float32(255)
+            rgb = np.repeat(shades[..., None], 3, 2) if shades.ndim == 2 else shades[..., ::-1]
+            if rng.random() < _GREY_PROBABILITY:
+                rgb = np.repeat((rgb @ _LUMA)[..., None], 3, 2)
+            drawn.append(np.ascontiguousarray(rgb, np.float32))
+        yield drawn
+
+
+def _sizes(images: list[NDArray[np.float32]], backbone_px: int) -> tuple[Tensor, Tensor]:
+    """Resize to the backbone's and to the PDN's input, (N, 3, side, side) each, ImageNet-normalised."""
+    mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
+
+    def tensor(side: int) -> Tensor:
+        resized = [(resize(image, side, side) - mean) / std for image in images]
+        return torch.from_numpy(np.ascontiguousarray(np.stack(resized).transpose(0, 3, 1, 2)))
+
+    return tensor(backbone_px), tensor(PDN_PX)

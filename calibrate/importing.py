@@ -1,0 +1,73 @@
+"""Make an inspectord bundle of another project's trained model: what its file lacks comes from good images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from calibrate.dataset import PreparedImages, load_good_images
+from calibrate.foreign import ForeignModel, ImportFailed
+from calibrate.options import TrainOptions
+from calibrate.teacher import channel_statistics, teacher_features
+from calibrate.train import calibrated, fit_image, raw_maps
+from pipeline.bundle import Bundle, Model, write_bundle
+from pipeline.networks import EfficientAD
+from pipeline.preprocess import Preprocessor
+from pipeline.scoring import Scorer
+
+
+def import_model(foreign: ForeignModel, options: TrainOptions) -> Bundle:
+    """Calibrate a foreign model on good images and write it as a bundle.
+
+    Args:
+        foreign: what `read_foreign` found.
+        options: `dataset` holds the good images, `out` takes the bundle; geometry as the model was trained.
+
+    Raises ImportFailed when the weights are not EfficientAD's, DatasetError, or OSError.
+    """
+    networks = EfficientAD(foreign.size, options.geometry).eval()
+    wanted = {n: t for n, t in networks.state_dict().items() if not n.startswith("teacher_")}
+    for name, tensor in wanted.items():
+        if name not in foreign.weights:
+            raise ImportFailed(f"{foreign.origin}: tensor {name} is missing")
+        if foreign.weights[name].shape != tensor.shape:
+            found = tuple(foreign.weights[name].shape)
+            raise ImportFailed(f"{foreign.origin}: tensor {name} is {found}, not {tuple(tensor.shape)}")
+    networks.load_state_dict({n: foreign.weights[n] for n in wanted}, strict=False)
+    preprocess = Preprocessor(options.preprocess)
+    good = load_good_images(
+        options.dataset, options.held_out_share, options.seed, lambda image: fit_image(image, preprocess, options)
+    )
+    statistics = foreign.statistics
+    if statistics is None:
+        images = PreparedImages(good.train, preprocess, options.pixel_format, 0)
+        with torch.inference_mode():
+            statistics = channel_statistics(
+                piece
+                for index in range(len(images))
+                for piece in teacher_features(
+                    networks.teacher, torch.from_numpy(images[index])[None], options.geometry
+                )
+            )
+    networks.teacher_mean.copy_(statistics[0])
+    networks.teacher_std.copy_(statistics[1])
+    model = Model(foreign.size, options.geometry, options.preprocess, networks.state_dict())
+    scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
+    bundle, _ = calibrated(
+        model,
+        raw_maps(model, good.held_out, replace(options, device="cpu")),
+        scorer,
+        options,
+        autoencoder=True,
+        teacher={"name": "imported", "origin": foreign.origin},
+        training={
+            "imported_from": foreign.origin,
+            "teacher_statistics": "from the file" if foreign.statistics is not None else "from the good images",
+            "pixel_format": None if options.pixel_format is None else options.pixel_format.value,
+            "pixel_formats": good.pixel_formats,
+            "dataset": str(options.dataset.absolute()),
+            "digests": good.digests,
+        },
+    )
+    return write_bundle(bundle, options.out)

@@ -1,0 +1,311 @@
+"""Where a data set keeps its images and masks: MVTec AD, MVTec LOCO, VisA, MTD, or plain folders."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from drivers.replay import list_images
+
+GOOD = "good"
+_MTD_GOOD = "MT_Free"
+_MTD_TRAIN_SHARE = 0.7
+_VISA_SPLIT = Path("split_csv") / "1cls.csv"
+_NOT_KINDS = {"train", "validation", "ground_truth"}
+
+
+class DatasetError(Exception):
+    """A data set that cannot be used; the message says what is wrong and what would be right."""
+
+
+class Layout(StrEnum):
+    """How a data set is laid out."""
+
+    MVTEC_AD = "MVTec AD"
+    MVTEC_LOCO = "MVTec LOCO"
+    VISA = "VisA"
+    MTD = "MTD"
+    FOLDERS = "good and defect folders"
+    IMAGES = "a folder of images"
+
+
+class ImageFile(NamedTuple):
+    """One file of a data set."""
+
+    name: str
+    """Relative to the data set, POSIX style."""
+    path: Path
+
+
+class TestImage(NamedTuple):
+    """One image of a test set with what is known of it."""
+
+    file: ImageFile
+    kind: str
+    """`good`, or the kind of defect."""
+    masks: tuple[Path, ...] = ()
+    """Files in which the defect is not black; several in MVTec LOCO, one for each defect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saturation:
+    """From which area on a LOCO defect counts as found (Bergmann et al. 2022, section 4)."""
+
+    threshold: float
+    relative: bool
+    """The threshold is a share of the defect's area, else a number of pixels."""
+
+    def area_px(self, defect_px: int) -> float:
+        """Return the saturation area of a defect, at least one pixel, at most the whole defect."""
+        area = int(self.threshold * defect_px) if self.relative else self.threshold
+        return float(min(max(area, 1), defect_px))
+
+
+@dataclass(frozen=True, slots=True)
+class TestSet:
+    """Images with known truth."""
+
+    layout: Layout
+    images: list[TestImage]
+    saturation: dict[int, Saturation] = field(default_factory=dict)
+    """LOCO: by the grey value of the defect in its mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFiles:
+    """Good images to learn from."""
+
+    layout: Layout
+    good: list[ImageFile]
+    validation: list[ImageFile]
+    """Good images that the data set sets aside; empty: a share of `good` is held out."""
+
+
+def layout_of(dataset: Path) -> Layout:
+    """Recognise a data set's layout. Raises DatasetError when there is no such folder."""
+    if not dataset.is_dir():
+        raise DatasetError(f"{dataset.absolute()}: no such folder")
+    if (dataset / "defects_config.json").is_file():
+        return Layout.MVTEC_LOCO
+    if (dataset / "test").is_dir() or (dataset / "train" / GOOD).is_dir():
+        return Layout.MVTEC_AD
+    if (dataset.parent / _VISA_SPLIT).is_file() or (dataset / _VISA_SPLIT).is_file():
+        return Layout.VISA
+    if (dataset / _MTD_GOOD).is_dir():
+        return Layout.MTD
+    if (dataset / GOOD).is_dir():
+        return Layout.FOLDERS
+    return Layout.IMAGES
+
+
+def training_files(dataset: Path) -> TrainingFiles:
+    """List the good images to learn from; a plain folder of images counts as good.
+
+    Raises DatasetError.
+    """
+    layout = layout_of(dataset)
+    validation: list[ImageFile] = []
+    if layout in (Layout.MVTEC_AD, Layout.MVTEC_LOCO):
+        folder = dataset / "train" / GOOD
+        if not folder.is_dir():
+            raise DatasetError(f"{dataset.absolute()}: has test/ but no train/good/ with good images to learn from")
+        good = _files(folder)
+        if (dataset / "validation" / GOOD).is_dir():
+            validation = _files(dataset / "validation" / GOOD, "validation/good/")
+    elif layout is Layout.VISA:
+        good = [ImageFile(row.name, row.image) for row in _visa_rows(dataset) if row.train]
+    elif layout is Layout.MTD:
+        good = [file for file in _mtd_files(dataset, _MTD_GOOD) if _mtd_trains(file)]
+    else:
+        good = _files(dataset / GOOD if layout is Layout.FOLDERS else dataset)
+    return TrainingFiles(layout, good, validation)
+
+
+def load_test_set(dataset: Path) -> TestSet:
+    """List test images by kind with their masks.
+
+    Raises DatasetError when the layout is not known, or no good or no defective image is there.
+    """
+    layout = layout_of(dataset)
+    saturation: dict[int, Saturation] = {}
+    if layout is Layout.VISA:
+        images = [
+            TestImage(ImageFile(r.name, r.image), r.kind, r.masks) for r in _visa_rows(dataset) if not r.train
+        ]
+    elif layout is Layout.MTD:
+        images = _mtd_test(dataset)
+    elif layout is Layout.MVTEC_LOCO:
+        images = _tree(dataset / "test", dataset / "ground_truth")
+        saturation = _read_saturation(dataset / "defects_config.json")
+    else:
+        inside = layout is Layout.MVTEC_AD and (dataset / "test").is_dir()
+        images = _tree(dataset / "test" if inside else dataset, dataset / "ground_truth")
+    good = sum(image.kind == GOOD for image in images)
+    if good == 0 or good == len(images):
+        raise DatasetError(
+            f"{dataset.absolute()} ({layout}): {good} good and {len(images) - good} defective test images; both "
+            "are needed. Known layouts: MVTec AD, MVTec LOCO, VisA, MTD, or a folder good/ beside other kinds"
+        )
+    return TestSet(layout, images, saturation)
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One defect of one image, as the metrics count it."""
+
+    mask: NDArray[np.bool_]
+    """(height, width)."""
+    saturation_px: float
+    """From this area on it counts as found; its whole area unless the data set says less."""
+
+
+def read_defects(
+    test_set: TestSet,
+    image: TestImage,
+    shape: tuple[int, int],
+    window: tuple[slice, slice] = (slice(None), slice(None)),
+) -> tuple[list[Defect], list[Defect]]:
+    """Read an image's masks.
+
+    Args:
+        test_set: it belongs to.
+        image: which one.
+        shape: (height, width) of the image; masks of another size are refused.
+        window: the rows and columns to look at.
+
+    Returns:
+        The 8-connected regions of all masks together (what PRO counts), and one defect a file with its
+        saturation area (what sPRO counts; empty without saturation thresholds).
+
+    Raises DatasetError.
+    """
+    union = np.zeros(shape, np.bool_)[window]
+    saturating = []
+    for path in image.masks:
+        grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        if grey is None:
+            raise DatasetError(f"{path.absolute()}: not a readable mask")
+        if grey.shape != shape:
+            raise DatasetError(f"{path.absolute()}: mask is {grey.shape[::-1]} px, its image {shape[::-1]}")
+        mask = np.asarray(grey > 0)[window]
+        union |= mask
+        if test_set.saturation and mask.any():
+            value = int(grey.max())
+            if value not in test_set.saturation:
+                raise DatasetError(f"{path.absolute()}: grey value {value} is not in defects_config.json")
+            area = test_set.saturation[value].area_px(int(mask.sum()))
+            saturating.append(Defect(mask, area))
+    count, labels = cv2.connectedComponents(union.astype(np.uint8), connectivity=8)
+    regions = [labels == label for label in range(1, count)]
+    return [Defect(region, float(region.sum())) for region in regions], saturating
+
+
+def _files(folder: Path, prefix: str = "") -> list[ImageFile]:
+    return [ImageFile(prefix + name, path) for name, path in list_images(folder)]
+
+
+def _tree(root: Path, truth: Path) -> list[TestImage]:
+    """List KIND/NAME.png with masks in truth/KIND/NAME_mask.png, NAME.png, or NAME/*.png."""
+    kinds = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in _NOT_KINDS)
+    return [
+        TestImage(ImageFile(f"{kind}/{name}", path), kind, () if kind == GOOD else _masks(truth / kind, name))
+        for kind in kinds
+        for name, path in list_images(root / kind)
+    ]
+
+
+def _masks(folder: Path, name: str) -> tuple[Path, ...]:
+    stem = folder / Path(name).with_suffix("")
+    if stem.is_dir():
+        return tuple(sorted(stem.glob("*.png")))
+    for candidate in (stem.with_name(stem.name + "_mask.png"), stem.with_name(stem.name + ".png")):
+        if candidate.is_file():
+            return (candidate,)
+    return ()
+
+
+def _read_saturation(path: Path) -> dict[int, Saturation]:
+    try:
+        entries = json.loads(path.read_text())
+        return {
+            int(e["pixel_value"]): Saturation(float(e["saturation_threshold"]), bool(e["relative_saturation"]))
+            for e in entries
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path.absolute()}: not MVTec LOCO's list of defects: {error!r}") from error
+
+
+class _VisaRow(NamedTuple):
+    name: str
+    image: Path
+    kind: str
+    train: bool
+    masks: tuple[Path, ...]
+
+
+def _visa_rows(dataset: Path) -> Iterable[_VisaRow]:
+    """Read split_csv/1cls.csv (object,split,label,image,mask) for the object that `dataset` names."""
+    root = dataset.parent if (dataset.parent / _VISA_SPLIT).is_file() else dataset
+    path = root / _VISA_SPLIT
+    rows = _read_csv(path, ("object", "split", "label", "image", "mask"))
+    objects = sorted({row["object"] for row in rows})
+    wanted = dataset.name
+    if root == dataset:
+        if len(objects) != 1:
+            raise DatasetError(f"{dataset.absolute()}: name one of its objects, as {dataset / objects[0]}")
+        wanted = objects[0]
+    if wanted not in objects:
+        raise DatasetError(f"{path.absolute()}: no object {wanted!r}; it lists {', '.join(objects)}")
+    kinds = {}
+    annotation = root / wanted / "image_anno.csv"
+    if annotation.is_file():
+        kinds = {row["image"]: row["label"] for row in _read_csv(annotation, ("image", "label"))}
+    for row in rows:
+        if row["object"] == wanted:
+            kind = GOOD if row["label"] == "normal" else kinds.get(row["image"], "anomaly")
+            masks = (root / row["mask"],) if row["mask"] and kind != GOOD else ()
+            yield _VisaRow(row["image"], root / row["image"], kind, row["split"] == "train", masks)
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    missing = [name for name in columns if rows and rows[0].get(name) is None]
+    if missing or not rows:
+        raise DatasetError(f"{path.absolute()}: {'no rows' if not rows else 'no column ' + ', '.join(missing)}")
+    return rows
+
+
+def _mtd_files(dataset: Path, kind: str) -> list[ImageFile]:
+    """List MT_KIND/Imgs/*.jpg; a PNG of the same name is the mask, not an image."""
+    folder = dataset / kind / "Imgs"
+    if not folder.is_dir():
+        raise DatasetError(f"{folder.absolute()}: no such folder; MTD keeps its images there")
+    return [ImageFile(f"{kind}/{name}", path) for name, path in list_images(folder) if path.suffix != ".png"]
+
+
+def _mtd_trains(file: ImageFile) -> bool:
+    """MTD has no split of its own: 70% of its good images, by their names, are for training."""
+    first = hashlib.sha256(file.path.name.encode()).digest()[0]
+    return first < _MTD_TRAIN_SHARE * 256
+
+
+def _mtd_test(dataset: Path) -> list[TestImage]:
+    images = [TestImage(file, GOOD) for file in _mtd_files(dataset, _MTD_GOOD) if not _mtd_trains(file)]
+    for folder in sorted(dataset.glob("MT_*")):
+        if folder.is_dir() and folder.name != _MTD_GOOD:
+            kind = folder.name.removeprefix("MT_").lower()
+            for file in _mtd_files(dataset, folder.name):
+                mask = file.path.with_suffix(".png")
+                images.append(TestImage(file, kind, (mask,) if mask.is_file() else ()))
+    return images

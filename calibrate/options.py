@@ -1,0 +1,84 @@
+"""What `inspectord train` can be told, and its presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from calibrate.losses import LossOptions
+from calibrate.normalize import QUANTILE_A, QUANTILE_B
+from drivers.frame import PixelFormat
+from pipeline.geometry import Geometry
+from pipeline.networks import PdnSize
+from pipeline.preprocess import PreprocessSpec
+
+Precision = Literal["auto", "fp32", "bf16"]
+PresetName = Literal["quick", "standard", "paper"]
+
+
+class Preset(NamedTuple):
+    """How long and how boldly to learn."""
+
+    steps: int
+    learning_rate: float
+    """Adam's, a tenth of it from 95% of the steps on."""
+    whiten: bool
+    """Whiten the teacher's features over the training images instead of normalising each channel alone."""
+
+
+PRESETS: dict[PresetName, Preset] = {
+    "quick": Preset(500, 1e-3, whiten=True),
+    "standard": Preset(3000, 5e-4, whiten=True),
+    "paper": Preset(70_000, 1e-4, whiten=False),
+}
+"""`paper` is the published recipe; the shorter ones take larger steps to get as far as they can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """How else a good part may appear: training sees it so, too."""
+
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+    rotate_deg: float = 0.0
+    """Turned by up to so many degrees to either side; 180: by any angle."""
+
+    @property
+    def any(self) -> bool:
+        """True where there is anything to do."""
+        return self.flip_horizontal or self.flip_vertical or self.rotate_deg > 0
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `inspectord train` can be told."""
+
+    dataset: Path
+    out: Path
+    size: PdnSize = "small"
+    teacher: str | None = None
+    """Name of a shipped teacher, `random`, or a file; None: the default that ships."""
+    geometry: Geometry = field(default_factory=Geometry)
+    preprocess: PreprocessSpec = field(default_factory=lambda: PreprocessSpec(256, 256))
+    pixel_format: PixelFormat | None = None
+    preset: PresetName = "standard"
+    steps: int = PRESETS["standard"].steps
+    learning_rate: float = PRESETS["standard"].learning_rate
+    whiten: bool = PRESETS["standard"].whiten
+    seed: int = 0
+    turns: Turns = field(default_factory=Turns)
+    held_out_share: float = 0.1
+    false_reject_rate: float = 0.01
+    losses: LossOptions = field(default_factory=LossOptions)
+    quantile_levels: tuple[float, float] = (QUANTILE_A, QUANTILE_B)
+    natural: Path | None = None
+    """Images for the pretraining penalty; None: procedural ones."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "auto"
+    cache_mib: int = 4096
+    checkpoint_s: float = 30.0
+    autoencoder_map: Literal["auto", "always"] = "auto"
+    """`auto` leaves the autoencoder's map out where that branch has learnt nothing (see MIN_EXPLAINED)."""
+    restart: bool = False
+    overwrite: bool = False

@@ -1,0 +1,231 @@
+"""Networks, optimiser and images of one training run, and its single step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calibrate.allocator import keep_freed_memory
+from calibrate.augment import augment, natural_image, read_natural_image, turn
+from calibrate.dataset import GoodImages, PreparedImages
+from calibrate.layouts import DatasetError, ImageFile
+from calibrate.losses import Losses, efficientad_losses
+from calibrate.options import TrainOptions
+from calibrate.procedural import natural_like
+from calibrate.teacher import Teacher, channel_statistics, fold_into_last, teacher_features, whitening
+from drivers.replay import list_images
+from pipeline.bundle import sha256_hex
+from pipeline.geometry import Tile
+from pipeline.networks import EfficientAD
+from pipeline.preprocess import Preprocessor
+
+WEIGHT_DECAY = 1e-5
+LATE_LEARNING_RATE_FACTOR, LATE_FROM_SHARE = 0.1, 0.95
+_NATURAL_TRIES = 10
+_WHITENED_OVER = 200
+"""Images over which features are whitened; their channels are normalised over all."""
+_PROCEDURAL_POOL = 128
+"""Different procedural images of a run's penalty; each is drawn when first needed, and cropped at random."""
+_PROCEDURAL_MARGIN_PX = 64
+_BATCHED_UP_TO_PX = 512 * 512
+"""Tiles up to this size go through the student together."""
+
+Pixels = NDArray[np.float32]
+
+
+class Trainer:
+    """Networks, optimiser and images of one training run."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        good: GoodImages,
+        preprocess: Preprocessor,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.options, self.device, self.precision = options, device, precision
+        keep_freed_memory()
+        self._files = good.train
+        self.images = PreparedImages(good.train, preprocess, options.pixel_format, options.cache_mib)
+        self.natural = _NaturalImages(options)
+        self._tiles = options.geometry.tiles()
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+        # float32 means float32: no TF32 behind its name on a GPU.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.manual_seed(options.seed)
+        self.model = EfficientAD(options.size, options.geometry).to(device)
+        if device.type == "cpu":
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
+        self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+        self._features = _FeatureCache(self._cacheable_features())
+
+    def prepare_teacher(self, teacher: Teacher) -> None:
+        """Put the teacher in, with its features whitened or its channels normalised over the training images."""
+        network = self.model.teacher
+        network.load_state_dict(teacher.weights)
+        if self.options.whiten:
+            some = np.random.default_rng([self.options.seed, 4]).permutation(len(self.images))[:_WHITENED_OVER]
+            fold_into_last(network, *whitening(self._features_of(sorted(some.tolist()))))
+        mean, std = channel_statistics(self._features_of(range(len(self.images))))
+        fold_into_last(network, mean, torch.diag(1 / std.double()))
+
+    @torch.inference_mode()
+    def _features_of(self, indices: Iterable[int]) -> Iterator[Tensor]:
+        for index in indices:
+            with self._autocast():
+                yield from teacher_features(
+                    self.model.teacher, self._tensor(self.images[index]), self.options.geometry
+                )
+
+    def step(self, step: int) -> Losses:
+        """Do one training step; all its randomness follows from the seed and the step's number."""
+        options = self.options
+        rng = np.random.default_rng([options.seed, 1, step])
+        torch.manual_seed(int(rng.integers(2**31)))  # dropout
+        index = self._image_of(step)
+        image = self.images[index]
+        tile = self._tiles[int(rng.integers(len(self._tiles)))]
+        if options.turns.any:
+            image = turn(image, options.turns, rng)
+        augmented = augment(image, rng)
+        natural = self.natural.draw(tile, rng) if options.losses.penalty else None
+        late = step >= int(LATE_FROM_SHARE * options.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * (LATE_LEARNING_RATE_FACTOR if late else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            tensor = self._tensor(image)
+            losses = efficientad_losses(
+                self.model,
+                self._described(index, tensor, tile),
+                tensor,
+                self._tensor(augmented),
+                None if natural is None else self._tensor(natural),
+                tile,
+                options.losses,
+                batched=(tile.y_px.stop - tile.y_px.start) * (tile.x_px.stop - tile.x_px.start)
+                <= _BATCHED_UP_TO_PX,
+            )
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return losses
+
+    @torch.inference_mode()
+    def maps(self, image: Pixels) -> tuple[Pixels, Pixels]:
+        """Return both raw maps of a prepared image, (map_height, map_width) each, in training's precision."""
+        with self._autocast():
+            st, ae = self.model(self._tensor(image))
+        return st[0].float().cpu().numpy(), ae[0].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def explained_by_autoencoder(self, images: Iterable[Pixels]) -> float:
+        """Return which share of the teacher's features' variance over images the autoencoder predicts."""
+        self.model.eval()
+        missed, total = 0.0, 0.0
+        with self._autocast():
+            for image in images:
+                tensor = self._tensor(image)
+                predicted = self.model.autoencode(tensor).float()
+                for tile in self._tiles:
+                    described = self.model.describe(tensor[:, :, tile.y_px, tile.x_px]).float()
+                    # Normalised over the training images: the features' mean is 0 there.
+                    missed += float((described - predicted[:, :, tile.rows, tile.columns]).square().mean())
+                    total += float(described.square().mean())
+        return 1 - missed / total
+
+    def file_of(self, step: int) -> ImageFile:
+        """Name the file that a step learns from."""
+        return self._files[self._image_of(step)]
+
+    def _image_of(self, step: int) -> int:
+        epoch, place = divmod(step, len(self.images))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.options.seed, 2, epoch]).permutation(len(self.images))
+        return int(self._order[1][place])
+
+    @torch.no_grad()
+    def _described(self, index: int, image: Tensor, tile: Tile) -> Tensor:
+        """Return the teacher's features; those of whole, unturned images are computed once."""
+        known = self._features.get(index)
+        if known is not None:
+            return known
+        described = self.model.describe(image[:, :, tile.y_px, tile.x_px])
+        return self._features.put(index, described)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _tensor(self, image: Pixels) -> Tensor:
+        tensor = torch.from_numpy(image)[None].to(self.device)
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    def _cacheable_features(self) -> int:
+        """Return how many images' features fit beside the images; on a GPU computing them is cheaper."""
+        options, g = self.options, self.options.geometry
+        if self.device.type != "cpu" or g.is_tiled or options.turns.any:
+            return 0
+        bytes_each = g.map_width * g.map_height * 384 * (2 if self.precision == "bf16" else 4)
+        return max(0, options.cache_mib * 2**20 - self.images.cache_bytes) // bytes_each
+
+
+class _FeatureCache:
+    """The teacher's features by image, as many as fit."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._features: dict[int, Tensor] = {}
+
+    def get(self, index: int) -> Tensor | None:
+        return self._features.get(index)
+
+    def put(self, index: int, features: Tensor) -> Tensor:
+        if len(self._features) < self._capacity:
+            self._features[index] = features
+        return features
+
+
+class _NaturalImages:
+    """Images for the pretraining penalty: the user's, else procedural ones."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        self._seed = options.seed
+        self._drawn: dict[int, NDArray[np.uint8]] = {}
+        self._files: list[ImageFile] | None = None
+        self.unreadable: dict[str, str] = {}
+        """Names and reasons of files that were skipped."""
+        if options.natural is not None:
+            self._files = [ImageFile(*pair) for pair in list_images(options.natural)]
+            if not self._files:
+                raise DatasetError(f"{options.natural.absolute()}: no natural images there")
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images from others."""
+        if self._files is None:
+            return "procedural"
+        return sha256_hex("\n".join(f"{file.name} {file.path.stat().st_size}" for file in self._files).encode())
+
+    def draw(self, tile: Tile, rng: np.random.Generator) -> Pixels:
+        """Draw one image of a tile's size, (3, height, width), ImageNet-normalised. Raises DatasetError."""
+        height, width = tile.y_px.stop - tile.y_px.start, tile.x_px.stop - tile.x_px.start
+        if self._files is None:
+            number, side = int(rng.integers(_PROCEDURAL_POOL)), max(height, width)
+            if number not in self._drawn:
+                drawing = np.random.default_rng([self._seed, 3, number])
+                self._drawn[number] = natural_like(drawing, side + _PROCEDURAL_MARGIN_PX)
+            top, left = rng.integers(_PROCEDURAL_MARGIN_PX + 1, size=2)
+            crop = self._drawn[number][top : top + height, left : left + width]
+            return natural_image(crop, width, height, rng, enlarge=False)
+        for _ in range(_NATURAL_TRIES):
+            file = self._files[int(rng.integers(len(self._files)))]
+            try:
+                return natural_image(read_natural_image(file.path), width, height, rng)
+            except (OSError, ValueError) as error:
+                self.unreadable[file.name] = str(error)
+        raise DatasetError(f"{_NATURAL_TRIES} natural images in a row cannot be read; check --natural")

@@ -1,0 +1,36 @@
+"""Reads options that are more than a word or a number."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.scoring import FrameArea
+
+
+def numbers(text: str, pattern: str, option: str, example: str) -> list[int]:
+    """Read whole numbers out of an option such as 512x512. Raises typer.BadParameter."""
+    match = re.fullmatch(pattern, text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not like {example}", param_hint=option)
+    return [int(number) for number in match.groups()]
+
+
+def area(text: str) -> FrameArea:
+    """Read a region of interest. Raises typer.BadParameter."""
+    from pipeline.scoring import FrameArea
+
+    x, y, width, height = numbers(text, r"(\d+),(\d+),(\d+),(\d+)", "--roi", "100,50,800,600")
+    if width < 3 or height < 3:
+        raise typer.BadParameter("width and height must be at least 3 px", param_hint="--roi")
+    return FrameArea(x, y, width, height)
+
+
+def one_of(value: str, option: str, *allowed: str) -> str:
+    """Check that an option has one of its allowed values. Raises typer.BadParameter."""
+    if value not in allowed:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
+    return value

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from calibrate.layouts import DatasetError, Layout, layout_of, load_test_set, read_defects, training_files
+
+
+def image(path, value=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((20, 30), value, np.uint8))
+
+
+def mask(path, value=255, *boxes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((20, 30), np.uint8)
+    for y, x, height, width in boxes or [(2, 3, 4, 5)]:
+        pixels[y : y + height, x : x + width] = value
+    cv2.imwrite(str(path), pixels)
+
+
+def mvtec(root):
+    for i in range(3):
+        image(root / f"train/good/{i}.png")
+    image(root / "test/good/000.png")
+    image(root / "test/hole/000.png")
+    image(root / "test/hole/001.png")
+    mask(root / "ground_truth/hole/000_mask.png", 255, (2, 3, 4, 5), (10, 10, 2, 2))
+    return root
+
+
+def test_mvtec_ad(tmp_path):
+    root = mvtec(tmp_path)
+    assert layout_of(root) is Layout.MVTEC_AD
+    assert [f.name for f in training_files(root).good] == ["0.png", "1.png", "2.png"]
+    found = load_test_set(root)
+    assert [(i.file.name, i.kind, len(i.masks)) for i in found.images] == [
+        ("good/000.png", "good", 0),
+        ("hole/000.png", "hole", 1),
+        ("hole/001.png", "hole", 0),
+    ]
+    regions, saturating = read_defects(found, found.images[1], (20, 30))
+    assert [r.saturation_px for r in regions] == [20, 4]
+    assert saturating == []
+    (region,), _ = read_defects(found, found.images[1], (20, 30), (slice(0, 8), slice(5, 30)))
+    assert region.mask.shape == (8, 25)
+    assert region.saturation_px == 4 * 3
+
+
+def test_mvtec_loco(tmp_path):
+    root = mvtec(tmp_path)
+    image(root / "validation/good/000.png")
+    image(root / "test/logical_anomalies/000.png")
+    truth = root / "ground_truth/logical_anomalies/000"
+    mask(truth / "000.png", 255)
+    mask(truth / "001.png", 254, (10, 10, 5, 10))
+    config = [
+        {"defect_name": "a", "pixel_value": 255, "saturation_threshold": 7, "relative_saturation": False},
+        {"defect_name": "b", "pixel_value": 254, "saturation_threshold": 0.5, "relative_saturation": True},
+    ]
+    (root / "defects_config.json").write_text(json.dumps(config))
+    assert training_files(root).layout is Layout.MVTEC_LOCO
+    assert [f.name for f in training_files(root).validation] == ["validation/good/000.png"]
+    found = load_test_set(root)
+    logical = next(i for i in found.images if i.kind == "logical_anomalies")
+    _, saturating = read_defects(found, logical, (20, 30))
+    assert [d.saturation_px for d in saturating] == [7, 25]
+    mask(truth / "002.png", 9)
+    logical = next(i for i in load_test_set(root).images if i.kind == "logical_anomalies")
+    with pytest.raises(DatasetError, match=r"002\.png: grey value 9 is not in defects_config"):
+        read_defects(found, logical, (20, 30))
+    (root / "defects_config.json").write_text('[{"pixel_value": 1}]')
+    with pytest.raises(DatasetError, match="list of defects"):
+        load_test_set(root)
+
+
+def test_visa(tmp_path):
+    for split in ("candle", "pcb1"):
+        for i in range(2):
+            image(tmp_path / split / f"Data/Images/Normal/{i}.JPG")
+        image(tmp_path / split / "Data/Images/Anomaly/0.JPG")
+        mask(tmp_path / split / "Data/Masks/Anomaly/0.png", 1)
+    lines = ["object,split,label,image,mask"]
+    for name in ("candle", "pcb1"):
+        lines += [
+            f"{name},train,normal,{name}/Data/Images/Normal/0.JPG,",
+            f"{name},test,normal,{name}/Data/Images/Normal/1.JPG,",
+            f"{name},test,anomaly,{name}/Data/Images/Anomaly/0.JPG,{name}/Data/Masks/Anomaly/0.png",
+        ]
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
+    candle = tmp_path / "candle"
+    assert layout_of(candle) is Layout.VISA
+    assert [f.path for f in training_files(candle).good] == [candle / "Data/Images/Normal/0.JPG"]
+    assert [i.kind for i in load_test_set(candle).images] == ["good", "anomaly"]
+    regions, _ = read_defects(load_test_set(candle), load_test_set(candle).images[1], (20, 30))
+    assert len(regions) == 1
+    (candle / "image_anno.csv").write_text("image,label,mask\ncandle/Data/Images/Anomaly/0.JPG,melted wax,x\n")
+    assert [i.kind for i in load_test_set(candle).images] == ["good", "melted wax"]
+    with pytest.raises(DatasetError, match=r"name one of its objects, as .*candle"):
+        load_test_set(tmp_path)
+    (tmp_path / "split_csv/1cls.csv").write_text("object,split\ncandle,train\n")
+    with pytest.raises(DatasetError, match="no column label, image, mask"):
+        load_test_set(candle)
+
+
+def test_mtd(tmp_path):
+    for i in range(40):
+        image(tmp_path / f"MT_Free/Imgs/exp{i}.jpg", 50 + i)
+    image(tmp_path / "MT_Crack/Imgs/exp1.jpg")
+    mask(tmp_path / "MT_Crack/Imgs/exp1.png")
+    found = load_test_set(tmp_path)
+    train = {f.path for f in training_files(tmp_path).good}
+    test = {i.file.path for i in found.images if i.kind == "good"}
+    assert found.layout is Layout.MTD
+    assert len(train | test) == 40
+    assert not train & test
+    assert 20 <= len(train) <= 36
+    assert [(i.kind, i.masks[0].name) for i in found.images if i.kind != "good"] == [("crack", "exp1.png")]
+
+
+def test_good_and_defect_folders(tmp_path):
+    image(tmp_path / "good/1.png")
+    image(tmp_path / "stain/1.png")
+    mask(tmp_path / "ground_truth/stain/1.png")
+    assert [f.name for f in training_files(tmp_path).good] == ["1.png"]
+    found = load_test_set(tmp_path)
+    assert [(i.kind, len(i.masks)) for i in found.images] == [("good", 0), ("stain", 1)]
+    image(tmp_path / "stain/wide.png")
+    cv2.imwrite(str(tmp_path / "stain/1.png"), np.zeros((20, 31), np.uint8))
+    with pytest.raises(DatasetError, match=r"mask is \(30, 20\) px, its image \(31, 20\)"):
+        read_defects(found, found.images[1], (20, 31))
+
+
+def test_what_cannot_be_used_says_so(tmp_path):
+    with pytest.raises(DatasetError, match="no such folder"):
+        load_test_set(tmp_path / "missing")
+    image(tmp_path / "1.png")
+    with pytest.raises(DatasetError, match="Known layouts: MVTec AD, MVTec LOCO, VisA, MTD"):
+        load_test_set(tmp_path)
+    image(tmp_path / "a/test/good/1.png")
+    with pytest.raises(DatasetError, match="no train/good/"):
+        training_files(tmp_path / "a")

@@ -1,0 +1,111 @@
+"""The calibration commands as a user types them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import cv2
+import pytest
+import torch
+
+from drivers.synthetic import PartRenderer, SyntheticOptions
+from pipeline.networks import pdn
+
+
+def inspectord(*arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "daemon.cli", *map(str, arguments)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    line = PartRenderer(SyntheticOptions(seed=3, width=96, height=96))
+    for kind, count in (("good", 8), ("stain", 3)):
+        (root / kind).mkdir()
+        for i in range(count):
+            cv2.imwrite(str(root / kind / f"{i}.png"), line.render(300 + i, kind).raw)
+    return root
+
+
+def test_train_evaluate_and_report(parts, good_parts, tmp_path):
+    out = tmp_path / "model"
+    said = inspectord("train", good_parts, "-o", out, "--preset", "quick", "--steps", 3, "--image-size", "64x64")
+    assert "teacher: " in said
+    assert (out / "report" / "report.html").is_file()
+    said = inspectord("evaluate", out, parts, "--json", tmp_path / "e.json", "--report", tmp_path / "report")
+    assert "image AU-ROC" in said
+    assert "no mask" in said
+    facts = json.loads((tmp_path / "e.json").read_text())
+    assert facts["kinds"]["stain"]["images"] == 3
+    assert facts["run"]["training"]["preset"] == "quick"
+    assert (tmp_path / "report" / "report.html").is_file()
+    said = inspectord("evaluate", out, parts, "--json", tmp_path / "no" / "e.json", code=2)
+    assert "--json" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--preset", "fast"), "--preset"),
+        (("--flip", "sideways"), "--flip"),
+        (("--teacher", "nobody"), "teachers that ship"),
+    ],
+)
+def test_train_refuses_what_it_does_not_know(good_parts, tmp_path, arguments, message):
+    assert message in inspectord("train", good_parts, "-o", tmp_path / "m", *arguments, code=2)
+
+
+def test_import_a_teacher_and_train_with_it(good_parts, tmp_path):
+    torch.save(pdn("small", 384, padded=False).state_dict(), tmp_path / "t.pth")
+    teacher = tmp_path / "t.safetensors"
+    said = inspectord("import", tmp_path / "t.pth", "-o", teacher)
+    assert f"--teacher {teacher}" in said
+    assert "exists; add --overwrite" in inspectord("import", tmp_path / "t.pth", "-o", teacher, code=2)
+    said = inspectord(
+        "train", good_parts, "-o", tmp_path / "m", "--teacher", teacher, "--steps", 2, "--image-size", "64x64"
+    )
+    assert "imported from a teacher file of the nelson1425 reference" in said
+    assert "no such file" in inspectord("import", tmp_path / "none.pth", "-o", tmp_path / "x", code=2)
+
+
+def test_import_of_a_whole_model_asks_for_good_images(tmp_path):
+    for part in ("teacher", "student", "autoencoder"):
+        torch.save(pdn("small", 384, padded=False).state_dict(), tmp_path / f"{part}_final.pth")
+    assert "add --good DIR" in inspectord("import", tmp_path, "-o", tmp_path / "m", code=2)
+
+
+def test_fetch_a_teacher_from_a_file_address(tmp_path):
+    source = tmp_path / "t.bin"
+    source.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    inspectord("fetch-teacher", source.as_uri(), "--sha256", digest, "-o", tmp_path / "t")
+    assert (tmp_path / "t").read_bytes() == b"weights"
+    said = inspectord("fetch-teacher", source.as_uri(), "--sha256", "0" * 64, "-o", tmp_path / "u", code=1)
+    assert "SHA-256 is" in said
+    assert not (tmp_path / "u").exists()
+
+
+def test_pretrain_and_teachers(tmp_path):
+    said = inspectord("pretrain", "-o", tmp_path / "mine-small.safetensors", "--steps", 1, "--scenes", 100)
+    assert "5.4 MB, SHA-256" in said
+    assert "procedural" in inspectord("teachers")
+    assert "--images" in inspectord("pretrain", "-o", tmp_path / "x", "--target", "photographs", code=2)
+
+
+def test_bench_train_prints_both_sides(good_parts, tmp_path):
+    said = inspectord(
+        "bench", "train", good_parts, "--steps", 1, "--image-size", "64x64", "--json", tmp_path / "b.json"
+    )
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert [side["side"] for side in found["results"]] == ["reference", "inspectord"]
+    assert found["results"][0]["ratio_to_reference"] == 1
+    assert found["machine"]["threads"] >= 1
+    assert "mean loss" in said
