@@ -92,6 +92,7 @@ def bench_train(options: TrainOptions, steps: int, on_round: Callable[[int, int]
     trainer = Trainer(options, good, preprocess, device, precision)
     trainer.prepare_teacher(find_teacher(options.teacher, options.size, options.seed))
     reference = _Straightforward(trainer, options)
+    trainer.natural.fill(options.geometry.tiles()[0])  # or the side that comes first would pay for both
     trainer.model.train()
     sides: dict[str, Callable[[int], float]] = {
         "reference": reference.step,
@@ -100,7 +101,7 @@ def bench_train(options: TrainOptions, steps: int, on_round: Callable[[int, int]
     times: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(_ROUNDS + 1):
-        for name, do in sides.items():
+        for name, do in sides.items() if turn % 2 else reversed(sides.items()):
             begun = time.perf_counter()
             losses[name] += [do(turn * steps + index) for index in range(steps)]
             if device.type == "cuda":

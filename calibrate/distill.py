@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from calibrate.augment import read_natural_image
+from calibrate.dataset import MAX_CORRUPT_SHARE
 from calibrate.layouts import DatasetError, ImageFile
 from pipeline.networks import TEACHER_CHANNELS, PdnSize, pdn
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -66,6 +67,7 @@ def distill(
     statistics_batches: int = 625,
     backbone_px: int = BACKBONE_PX,
     on_step: OnStep | None = None,
+    on_statistics: Callable[[int], None] | None = None,
 ) -> nn.Sequential:
     """Train a PDN to give an extractor's features, channel by channel normalised.
 
@@ -80,14 +82,15 @@ def distill(
         statistics_batches: batches over which the channels' mean and standard deviation are taken.
         backbone_px: side of the extractor's input; the PDN's is 256.
         on_step: told the step and its loss.
+        on_statistics: told how many batches the statistics have seen.
 
     Returns:
         The PDN, unpadded. It is trained padded, so that its grid is the extractor's.
 
-    Raises DatasetError when an image cannot be read.
+    Raises DatasetError when more than 5% of the images cannot be read; fewer are passed over.
     """
     draw = _draws(images, batch, np.random.default_rng([seed, 0]))
-    mean, std = _statistics(extractor, draw, statistics_batches, backbone_px)
+    mean, std = _statistics(extractor, draw, statistics_batches, backbone_px, on_statistics)
     torch.manual_seed(seed)
     student = pdn(size, TEACHER_CHANNELS, padded=True)
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -114,7 +117,11 @@ def _target(extractor: nn.Module, images: Tensor) -> Tensor:
 
 
 def _statistics(
-    extractor: nn.Module, draw: Iterator[list[NDArray[np.float32]]], batches: int, backbone_px: int
+    extractor: nn.Module,
+    draw: Iterator[list[NDArray[np.float32]]],
+    batches: int,
+    backbone_px: int,
+    on_batch: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Take mean and standard deviation of the target's channels, (1, 384, 1, 1) each, in float64."""
     count, total, squares = 0, torch.zeros(TEACHER_CHANNELS).double(), torch.zeros(TEACHER_CHANNELS).double()
@@ -127,6 +134,8 @@ def _statistics(
         count += target.shape[1]
         total += centred.sum(dim=1)
         squares += centred.square().sum(dim=1)
+        if on_batch is not None:
+            on_batch(index + 1)
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
     return (shift + mean).float()[None, :, None, None], std.float()[None, :, None, None]
@@ -136,14 +145,20 @@ def _draws(
     images: Sequence[ImageFile], batch: int, rng: np.random.Generator
 ) -> Iterator[list[NDArray[np.float32]]]:
     """Draw batches of photographs for ever, (height, width, 3) each, R, G, B, 0 … 1."""
+    unreadable: set[str] = set()
     while True:
-        drawn = []
-        for index in rng.integers(len(images), size=batch):
-            file = images[int(index)]
+        drawn: list[NDArray[np.float32]] = []
+        while len(drawn) < batch:
+            file = images[int(rng.integers(len(images)))]
             try:
                 pixels = read_natural_image(file.path)
             except (OSError, ValueError) as error:
-                raise DatasetError(f"{file.path.absolute()}: {error}") from error
+                unreadable.add(file.name)
+                if len(unreadable) > MAX_CORRUPT_SHARE * len(images):
+                    raise DatasetError(
+                        f"{file.path.absolute()}: {error}; {len(unreadable)} of {len(images)} images cannot be read"
+                    ) from error
+                continue
             shades = pixels.astype(np.float32) / np.float32(255)
             rgb = np.repeat(shades[..., None], 3, 2) if shades.ndim == 2 else shades[..., ::-1]
             if rng.random() < _GREY_PROBABILITY:

@@ -121,11 +121,11 @@ def evaluate(
     # A test set may hold black or repeated pictures on purpose: every image gets a score.
     limits = PlausibleLimits(black_below=0, saturated_above=1, frozen_frames=0)
     inspector = Inspector(bundle, engine.engine, limits=limits)
-    declared = bundle.training.get("pixel_format")
-    pixel_format = None if declared is None else PixelFormat(declared)
+    pixel_format = declared_format(bundle)
     scored = []
     for index, image in enumerate(images):
         scored.append(_score(inspector, image, pixel_format))
+        read_defects(test_set, image, scored[-1].shape)  # a bad mask is said now, not after all images
         if on_image is not None:
             on_image(index + 1, len(images))
     scores = np.array([s.score for s in scored])
@@ -172,6 +172,12 @@ def evaluate(
             },
         },
     )
+
+
+def declared_format(bundle: Bundle) -> PixelFormat | None:
+    """Return what training was told that the files hold, where their own type does not say it."""
+    declared = bundle.training.get("pixel_format")
+    return None if declared is None else PixelFormat(declared)
 
 
 def read_pixels(scored: ScoredImage, bundle: Bundle, scorer: Scorer) -> tuple[FloatMap, tuple[slice, slice]]:

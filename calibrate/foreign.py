@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import pickle
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from calibrate.teacher import Teacher, check_teacher
 from pipeline.bundle import sha256_hex
+from pipeline.geometry import AUTOENCODER_PX
 from pipeline.networks import PdnSize
 
 _FINAL = "{}_final.pth"
@@ -58,6 +60,8 @@ class ForeignModel:
     size: PdnSize
     weights: dict[str, Tensor] = field(repr=False)
     """State dict of `EfficientAD` without the teacher's statistics."""
+    image_px: int | None
+    """Side of the only input that its autoencoder works at as ours does; None: any."""
     statistics: tuple[Tensor, Tensor] | None
     """Mean and standard deviation of the teacher's channels, (384,) each; None where they were not saved."""
     origin: str
@@ -79,11 +83,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ImportFailed(f"{path.absolute()}: no such file")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else _load_restricted(path)
+        if isinstance(loaded, nn.Module):
+            loaded = loaded.state_dict()
     except _READING_FAILS as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ImportFailed(f"{path.absolute()}: not a readable PyTorch or safetensors file: {first}") from error
-    if isinstance(loaded, nn.Module):
-        loaded = loaded.state_dict()
+        raise ImportFailed(
+            f"{path.absolute()}: not a readable PyTorch or safetensors file: {_reason(error)}"
+        ) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
@@ -94,13 +99,21 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _reason(error: Exception) -> str:
+    """Pick what matters out of a message of many lines; PyTorch's begins with advice to allow everything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "WeightsUnpickler error" in line]
+    if isinstance(error, AttributeError) and "state_dict" in str(error):
+        return f"it holds a layer that no teacher has ({error})"
+    return (named or lines or [type(error).__name__])[0]
+
+
 def _load_restricted(path: Path) -> Any:
     """Load with PyTorch's restricted unpickler; classes that are not on the list become placeholders."""
-    foreign = [
-        (_inert(name), name)
-        for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if name not in {f"{c.__module__}.{c.__qualname__}" for c in _MODULES}
-    ]
+    known = {f"{c.__module__}.{c.__qualname__}" for c in _MODULES}
+    # Files from before PyTorch 1.6 are no zip archives and cannot be scanned; they get no placeholders.
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+    foreign = [(_inert(name), name) for name in named if name not in known]
     with torch.serialization.safe_globals([*_MODULES, *foreign, set]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -169,7 +182,7 @@ def _anomalib_checkpoint(state: Mapping[str, Tensor], source: Path) -> ForeignMo
     statistics = None
     if "model.mean_std.std" in state and bool((state["model.mean_std.std"] > 0).all()):
         statistics = state["model.mean_std.mean"].flatten(), state["model.mean_std.std"].flatten()
-    return ForeignModel(size, weights, statistics, f"anomalib checkpoint {source.name}")
+    return ForeignModel(size, weights, AUTOENCODER_PX, statistics, f"anomalib checkpoint {source.name}")
 
 
 def _read_reference_folder(folder: Path) -> ForeignModel:
@@ -181,4 +194,4 @@ def _read_reference_folder(folder: Path) -> ForeignModel:
             raise ImportFailed(f"{path.absolute()}: no such file; the reference's folder has all three *_final.pth")
         weights |= {f"{part}.{name}": tensor for name, tensor in read_state(path).items()}
     size: PdnSize = "medium" if "teacher.12.weight" in weights else "small"
-    return ForeignModel(size, dict(weights), None, f"nelson1425 reference, {folder.name}")
+    return ForeignModel(size, dict(weights), None, None, f"nelson1425 reference, {folder.name}")

@@ -26,6 +26,12 @@ def import_model(foreign: ForeignModel, options: TrainOptions) -> Bundle:
 
     Raises ImportFailed when the weights are not EfficientAD's, DatasetError, or OSError.
     """
+    sides = {options.geometry.image_width, options.geometry.image_height}
+    if foreign.image_px is not None and sides != {foreign.image_px}:
+        raise ImportFailed(
+            f"{foreign.origin}: at another image size than {foreign.image_px}x{foreign.image_px} its autoencoder "
+            "works otherwise than ours, and its map would be wrong; train anew with --teacher instead"
+        )
     networks = EfficientAD(foreign.size, options.geometry).eval()
     wanted = {n: t for n, t in networks.state_dict().items() if not n.startswith("teacher_")}
     for name, tensor in wanted.items():

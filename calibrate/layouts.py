@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drivers.replay import list_images
+from pipeline.bundle import MANIFEST
 
 GOOD = "good"
 _MTD_GOOD = "MT_Free"
 _MTD_TRAIN_SHARE = 0.7
 _VISA_SPLIT = Path("split_csv") / "1cls.csv"
 _NOT_KINDS = {"train", "validation", "ground_truth"}
+_NOT_GOOD = {"ground_truth", "test", "train", "Masks", "Anomaly"}
 
 
 class DatasetError(Exception):
@@ -93,8 +95,9 @@ class TrainingFiles:
 
 def layout_of(dataset: Path) -> Layout:
     """Recognise a data set's layout. Raises DatasetError when there is no such folder."""
+    dataset = dataset.resolve()
     if not dataset.is_dir():
-        raise DatasetError(f"{dataset.absolute()}: no such folder")
+        raise DatasetError(f"{dataset}: no such folder")
     if (dataset / "defects_config.json").is_file():
         return Layout.MVTEC_LOCO
     if (dataset / "test").is_dir() or (dataset / "train" / GOOD).is_dir():
@@ -105,7 +108,18 @@ def layout_of(dataset: Path) -> Layout:
         return Layout.MTD
     if (dataset / GOOD).is_dir():
         return Layout.FOLDERS
+    _refuse_a_folder_of_data_sets(dataset)
     return Layout.IMAGES
+
+
+def _refuse_a_folder_of_data_sets(folder: Path) -> None:
+    """Refuse to take defects and masks for good parts. Raises DatasetError."""
+    for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*")):
+        if path.is_dir() and (path.name in _NOT_GOOD or path.name.startswith("MT_")):
+            raise DatasetError(
+                f"{folder}: looks like several data sets or a part of one (it holds {path.relative_to(folder)}); "
+                "name one data set, or a folder with nothing but good images"
+            )
 
 
 def training_files(dataset: Path) -> TrainingFiles:
@@ -113,7 +127,7 @@ def training_files(dataset: Path) -> TrainingFiles:
 
     Raises DatasetError.
     """
-    layout = layout_of(dataset)
+    layout, dataset = layout_of(dataset), dataset.resolve()
     validation: list[ImageFile] = []
     if layout in (Layout.MVTEC_AD, Layout.MVTEC_LOCO):
         folder = dataset / "train" / GOOD
@@ -136,7 +150,7 @@ def load_test_set(dataset: Path) -> TestSet:
 
     Raises DatasetError when the layout is not known, or no good or no defective image is there.
     """
-    layout = layout_of(dataset)
+    layout, dataset = layout_of(dataset), dataset.resolve()
     saturation: dict[int, Saturation] = {}
     if layout is Layout.VISA:
         images = [
@@ -192,9 +206,7 @@ def read_defects(
     union = np.zeros(shape, np.bool_)[window]
     saturating = []
     for path in image.masks:
-        grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-        if grey is None:
-            raise DatasetError(f"{path.absolute()}: not a readable mask")
+        grey = read_labels(path)
         if grey.shape != shape:
             raise DatasetError(f"{path.absolute()}: mask is {grey.shape[::-1]} px, its image {shape[::-1]}")
         mask = np.asarray(grey > 0)[window]
@@ -210,17 +222,37 @@ def read_defects(
     return [Defect(region, float(region.sum())) for region in regions], saturating
 
 
+def read_labels(path: Path) -> NDArray[np.uint16]:
+    """Read a mask's values as they are, 8 or 16 bits, the largest of its colours; (height, width).
+
+    Raises DatasetError.
+    """
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.is_file() else None
+    if pixels is None:
+        raise DatasetError(f"{path.absolute()}: not a readable image")
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3].max(axis=2)  # a fourth channel is opacity
+    return np.asarray(pixels, np.uint16)
+
+
 def _files(folder: Path, prefix: str = "") -> list[ImageFile]:
-    return [ImageFile(prefix + name, path) for name, path in list_images(folder)]
+    """List a folder's images, those of bundles inside it (their reports' pictures) left out."""
+    bundles = {manifest.parent for manifest in folder.rglob(MANIFEST)}
+    return [
+        ImageFile(prefix + name, path)
+        for name, path in list_images(folder)
+        if not bundles or not bundles & set(path.parents)
+    ]
 
 
 def _tree(root: Path, truth: Path) -> list[TestImage]:
     """List KIND/NAME.png with masks in truth/KIND/NAME_mask.png, NAME.png, or NAME/*.png."""
-    kinds = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in _NOT_KINDS)
+    folders = (p for p in root.iterdir() if p.is_dir() and p.name not in _NOT_KINDS)
+    kinds = sorted(folder.name for folder in folders if not (folder / MANIFEST).is_file())
     return [
-        TestImage(ImageFile(f"{kind}/{name}", path), kind, () if kind == GOOD else _masks(truth / kind, name))
+        TestImage(file, kind, () if kind == GOOD else _masks(truth / kind, file.name.removeprefix(f"{kind}/")))
         for kind in kinds
-        for name, path in list_images(root / kind)
+        for file in _files(root / kind, f"{kind}/")
     ]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Sequence
+import signal
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -89,18 +91,40 @@ class ProceduralPatches:
         return np.asarray(patches, np.float32), labels
 
 
-def draw_scenes(count: int, seed: int) -> ProceduralPatches:
-    """Draw a pool of scenes on all processor cores; the same count and seed give the same pool."""
-    with multiprocessing.get_context("spawn").Pool(initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        drawn = pool.starmap(_draw_scene, ((seed, index) for index in range(count)), chunksize=200)
-    images, near, program, contrast, rest = (np.stack(column) for column in zip(*drawn, strict=True))
-    return ProceduralPatches(images, near, program, contrast, rest)
+def draw_scenes(count: int, seed: int, on_scene: Callable[[int], None] | None = None) -> ProceduralPatches:
+    """Draw a pool of scenes on all processor cores; the same count and seed give the same pool.
+
+    Args:
+        count: of scenes.
+        seed: of all of them.
+        on_scene: told how many are drawn; may raise to stop.
+    """
+    square = (count, SCENE_PX, SCENE_PX)
+    pool = ProceduralPatches(
+        images=np.empty((*square, 3), np.uint8),
+        near=np.empty(square, np.uint32),
+        program=np.empty(square, np.int16),
+        contrast=np.empty(square, np.float32),
+        grain_and_blur=np.empty((count, 2), np.float32),
+    )
+    with multiprocessing.get_context("spawn").Pool(initializer=_start_worker) as workers:
+        for index, drawn in enumerate(workers.imap(_draw_scene, ((seed, i) for i in range(count)), chunksize=200)):
+            pool.images[index], pool.near[index], pool.program[index] = drawn[:3]
+            pool.contrast[index], pool.grain_and_blur[index] = drawn[3:]
+            if on_scene is not None:
+                on_scene(index + 1)
+    return pool
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it ends the workers
+    cv2.setNumThreads(1)
 
 
 def _draw_scene(
-    seed: int, index: int
+    seed_and_index: tuple[int, int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint32], NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
-    drawn = scene(np.random.default_rng([seed, index]), SCENE_PX)
+    drawn = scene(np.random.default_rng(seed_and_index), SCENE_PX)
     near = np.zeros((SCENE_PX, SCENE_PX), np.uint32)
     square = np.ones((_NEAR_PX, _NEAR_PX), np.uint8)
     for label, mark in enumerate(drawn.marks):
@@ -160,7 +184,7 @@ def read_labelled(path: Path) -> LabelledPhotographs:
     try:
         with np.load(path, allow_pickle=False) as data:
             jpeg, offsets, labels = data["jpeg"], data["offsets"], data["labels"].astype(np.int64)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise DatasetError(f"{path.absolute()}: not an .npz with jpeg, offsets and labels: {error}") from error
     decoded: list[NDArray[np.uint8]] = []
     for start, end in itertools.pairwise(offsets.tolist()):

@@ -73,6 +73,7 @@ class PretrainOptions:
     scenes: int = 60_000
     seed: int = 0
     precision: Precision = "auto"
+    overwrite: bool = False
 
 
 def pretrain(options: PretrainOptions, listener: Listener | None = None) -> str:
@@ -81,6 +82,7 @@ def pretrain(options: PretrainOptions, listener: Listener | None = None) -> str:
     Raises DatasetError, ImportFailed, TrainingError, TrainingStopped, or OSError.
     """
     listener = listener or Listener()
+    _check(options)
     options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     network = _distilled(options, listener) if options.target == "backbone" else _taught(options, listener)
     origin = {
@@ -97,6 +99,18 @@ def pretrain(options: PretrainOptions, listener: Listener | None = None) -> str:
         "scenes": 0 if options.target == "backbone" else options.scenes,
     }
     return write_teacher(Teacher(options.size, network.state_dict(), facts), options.out)
+
+
+def _check(options: PretrainOptions) -> None:
+    """Refuse what would be ignored, or fail at the very end. Raises TrainingError."""
+    if options.out.is_dir():
+        raise TrainingError(f"{options.out.absolute()} is a folder; name a file")
+    if options.out.exists() and not options.overwrite:
+        raise TrainingError(f"{options.out.absolute()} exists; add --overwrite to replace it")
+    if options.images is not None and options.target == "procedural":
+        raise TrainingError("--images: the procedural target takes no photographs; add --target photographs")
+    if options.backbone is not None and options.target != "backbone":
+        raise TrainingError("--backbone needs --target backbone")
 
 
 def _name(path: Path | None) -> str:
@@ -118,10 +132,25 @@ def _distilled(options: PretrainOptions, listener: Listener) -> nn.Sequential:
 
     def on_step(done: int, losses: dict[str, float]) -> None:
         listener.step(done, steps, losses)
-        if listener.should_stop():
-            raise TrainingStopped(f"stopped at step {done} of {steps}; nothing was written")
+        _go_on(listener, f"at step {done} of {steps}")
 
-    return distill(extractor, images, options.size, seed=options.seed, steps=steps, on_step=on_step)
+    def on_statistics(done: int) -> None:
+        _go_on(listener, f"at batch {done} of the statistics")
+
+    return distill(
+        extractor,
+        images,
+        options.size,
+        seed=options.seed,
+        steps=steps,
+        on_step=on_step,
+        on_statistics=on_statistics,
+    )
+
+
+def _go_on(listener: Listener, where: str) -> None:
+    if listener.should_stop():
+        raise TrainingStopped(f"stopped {where}; nothing was written")
 
 
 class _Batch(NamedTuple):
@@ -140,7 +169,7 @@ def _taught(options: PretrainOptions, listener: Listener) -> nn.Sequential:
         photographs = read_labelled(options.images)
         listener.say(f"{len(photographs.labels)} photographs of {photographs.classes} classes")
     listener.say(f"drawing {options.scenes} procedural scenes")
-    scenes = draw_scenes(options.scenes, options.seed)
+    scenes = draw_scenes(options.scenes, options.seed, lambda done: _go_on(listener, f"at scene {done}"))
     keep_freed_memory()
     torch.manual_seed(options.seed)
     network = _with_batch_norm(pdn(options.size, TEACHER_CHANNELS, padded=False))
@@ -151,7 +180,7 @@ def _taught(options: PretrainOptions, listener: Listener) -> nn.Sequential:
         [*network.parameters(), *heads.parameters()], lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _LEARNING_RATE, total_steps=steps, pct_start=_WARM_UP_SHARE
+        optimizer, _LEARNING_RATE, total_steps=steps + 2, pct_start=_WARM_UP_SHARE
     )
     listener.say(f"teaching a {options.size} PDN in {precision}, {steps} steps of {_BATCH} patches")
     batches = _batches(scenes, photographs, options.seed)
@@ -168,8 +197,7 @@ def _taught(options: PretrainOptions, listener: Listener) -> nn.Sequential:
         optimizer.step()
         schedule.step()
         listener.step(step + 1, steps, {name: float(loss.detach()) for name, loss in losses.items()})
-        if listener.should_stop():
-            raise TrainingStopped(f"stopped at step {step + 1} of {steps}; nothing was written")
+        _go_on(listener, f"at step {step + 1} of {steps}")
     folded = fold_batch_norm(network, options.size)
     listener.say("whitening")
     fold_into_last(folded, *whitening(_some_features(folded, batches)))

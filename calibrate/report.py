@@ -17,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from calibrate.evaluate import Evaluation, ScoredImage, read_pixels
+from calibrate.evaluate import Evaluation, ScoredImage, declared_format, read_pixels
 from calibrate.layouts import GOOD, read_defects
 from calibrate.metrics import PRO_LIMIT, Rate
-from drivers.frame import Image
-from drivers.replay import decode_image
+from drivers.frame import Image, PixelFormat
+from drivers.replay import decode_image, format_of
 from pipeline.bundle import Bundle, write_atomically
 from pipeline.scoring import FloatMap, Scorer
 
@@ -118,12 +118,18 @@ def write_training_report(record: TrainingRecord, bundle: Bundle, folder: Path) 
         stretched = scorer.stretch(record.held_out_maps[index])
         pixels = np.asarray(cv2.resize(stretched, (area.width, area.height)), np.float32)
         window = (slice(area.y, area.y + area.height), slice(area.x, area.x + area.width))
-        score = float(record.held_out_scores[index])
-        examples.append(
-            _example(
-                f"good-{place}", record.held_out_names[index], score, image, pixels, window, None, bundle.threshold
-            )
+        found = _example(
+            f"good-{place}",
+            record.held_out_names[index],
+            float(record.held_out_scores[index]),
+            image,
+            pixels,
+            window,
+            None,
+            bundle.threshold,
+            declared_format(bundle),
         )
+        examples.append(found)
     return _write(
         folder,
         title="Training of an inspection model",
@@ -341,7 +347,17 @@ def _scored_example(name: str, scored: ScoredImage, evaluation: Evaluation, bund
             truth |= region.mask
     image = decode_image(scored.image.file.path)
     safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-    return _example(safe, scored.image.file.name, scored.score, image, pixels, window, truth, evaluation.threshold)
+    return _example(
+        safe,
+        scored.image.file.name,
+        scored.score,
+        image,
+        pixels,
+        window,
+        truth,
+        evaluation.threshold,
+        declared_format(bundle),
+    )
 
 
 def _example(
@@ -353,8 +369,10 @@ def _example(
     window: tuple[slice, slice],
     truth: NDArray[np.bool_] | None,
     threshold: float,
+    pixel_format: PixelFormat | None,
 ) -> Example:
-    shown: Pixels = np.asarray(image if image.dtype == np.uint8 else image >> 8, np.uint8)
+    fmt = format_of(image, pixel_format)
+    shown: Pixels = np.asarray(image >> (fmt.bits - 8), np.uint8)
     bgr = cv2.cvtColor(shown, cv2.COLOR_GRAY2BGR) if shown.ndim == 2 else shown.copy()
     scale = min(1.0, _THUMBNAIL_PX / max(bgr.shape[:2]))
     size = (max(1, round(bgr.shape[1] * scale)), max(1, round(bgr.shape[0] * scale)))

@@ -59,7 +59,9 @@ def find_teacher(name: str | None, size: PdnSize, seed: int) -> Teacher:
     """
     shipped = shipped_teachers(size)
     if name is None:
-        name = shipped[0] if shipped else RANDOM
+        if not shipped:
+            raise TeacherError(f"no {size} teacher ships; give --teacher a file, or {RANDOM} (far less accurate)")
+        name = shipped[0]
     if name == RANDOM:
         facts = {"name": RANDOM, "origin": "random weights, no training", "seed": seed}
         return Teacher(size, random_teacher(size, seed).state_dict(), facts)
@@ -87,7 +89,11 @@ def read_teacher(path: Path) -> Teacher:
         weights = {name: tensor.float() for name, tensor in tensors.items()}
         check_teacher(weights, size)
         return Teacher(size, weights, {**json.loads(header["facts"]), "sha256": sha256_hex(blob)})
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except SafetensorError as error:
+        raise TeacherError(
+            f"{path.absolute()}: not a safetensors file ({error}); inspectord import takes other formats over"
+        ) from error
+    except (OSError, KeyError, ValueError) as error:
         raise TeacherError(f"{path.absolute()}: {error}") from error
 
 
@@ -104,9 +110,12 @@ def check_teacher(weights: dict[str, Tensor], size: PdnSize) -> None:
 
 
 def write_teacher(teacher: Teacher, path: Path) -> str:
-    """Write a teacher file, float16; returns its SHA-256. Raises OSError, or ValueError on overflow."""
+    """Write a teacher file, float16; returns its SHA-256. Raises OSError, or TeacherError on overflow."""
     half = {name: tensor.detach().cpu().to(torch.float16).contiguous() for name, tensor in teacher.weights.items()}
-    check_teacher(half, teacher.size)
+    try:
+        check_teacher(half, teacher.size)
+    except ValueError as error:
+        raise TeacherError(f"{path.absolute()} cannot be written in float16: {error}") from error
     facts = json.dumps({k: v for k, v in teacher.facts.items() if k != "sha256"}, sort_keys=True)
     blob = save_tensors(half, {"format": FORMAT, "size": teacher.size, "facts": facts})
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
@@ -23,7 +22,7 @@ from calibrate.checkpoint import (
     save_checkpoint,
 )
 from calibrate.dataset import GoodImages, load_good_images
-from calibrate.layouts import DatasetError, ImageFile
+from calibrate.layouts import DatasetError, ImageFile, read_labels
 from calibrate.normalize import choose_threshold, map_quantiles, score_maps
 from calibrate.options import Precision, TrainOptions
 from calibrate.report import TrainingRecord, write_training_report
@@ -37,6 +36,8 @@ from pipeline.engines import make_engine
 from pipeline.preprocess import Preprocessor, check_correction, correction_for
 from pipeline.scoring import Scorer, combine_maps
 
+RECIPE = 2
+"""Raised when losses, augmentation or procedural images change, so that no checkpoint mixes two recipes."""
 REPORT = "report"
 """Folder of training's report inside the bundle's folder."""
 _FEW_IMAGES = 10
@@ -78,7 +79,16 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
 
     Raises TrainingError, DatasetError, CheckpointError, TrainingStopped, or OSError from the disk.
     """
-    listener = listener or Listener()
+    try:
+        return _train(options, listener or Listener())
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]} Try --tiles 2x2, --size small, a smaller "
+            "--image-size, or --device cpu; the last checkpoint is intact"
+        ) from error
+
+
+def _train(options: TrainOptions, listener: Listener) -> Bundle:
     if is_bundle(options.out) and not options.overwrite:
         raise TrainingError(f"{options.out.absolute()} holds a finished bundle; add --overwrite to replace it")
     options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is said at once
@@ -95,26 +105,20 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
     _tell_of_images(good, listener)
     teacher = find_teacher(options.teacher, options.size, options.seed)
     listener.say(f"teacher: {teacher.facts['name']} ({teacher.facts['origin']})")
-    try:
-        trainer = Trainer(options, good, preprocess, device, precision)
-        settings = _settings(trainer, good, teacher.facts)
-        progress = _progress_to_resume(options, settings)
-        if progress is not None:
-            load_checkpoint(options.out, trainer.model, trainer.optimizer)
-            listener.say(f"resuming from the checkpoint at step {progress.step} of {options.steps}")
-        else:
-            trainer.prepare_teacher(teacher)
-        penalty = f"{'procedural' if options.natural is None else 'natural'} images for the penalty"
-        listener.say(
-            f"training {options.size} on {device.type} in {precision}, {options.steps} steps, "
-            f"{penalty if options.losses.penalty else 'no penalty'}"
-        )
-        losses = _train_steps(trainer, good, scorer, 0 if progress is None else progress.step, settings, listener)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the GPU's memory is full: {str(error).splitlines()[0]} Try --tiles 2x2, --size small, a smaller "
-            "--image-size, or --device cpu; the last checkpoint is intact"
-        ) from error
+    trainer = Trainer(options, good, preprocess, device, precision)
+    settings = _settings(trainer, good, teacher.facts)
+    progress = _progress_to_resume(options, settings)
+    if progress is not None:
+        load_checkpoint(options.out, trainer.model, trainer.optimizer)
+        listener.say(f"resuming from the checkpoint at step {progress.step} of {options.steps}")
+    else:
+        trainer.prepare_teacher(teacher)
+    penalty = f"{'procedural' if options.natural is None else 'natural'} images for the penalty"
+    listener.say(
+        f"training {options.size} on {device.type} in {precision}, {options.steps} steps, "
+        f"{penalty if options.losses.penalty else 'no penalty'}"
+    )
+    losses = _train_steps(trainer, good, scorer, 0 if progress is None else progress.step, settings, listener)
     for name, why in trainer.natural.unreadable.items():
         listener.say(f"skipped natural image {name}: {why}")
     use_autoencoder = options.losses.autoencoder
@@ -193,6 +197,7 @@ def _settings(trainer: Trainer, good: GoodImages, teacher: dict[str, Any]) -> di
     o, spec = trainer.options, trainer.options.preprocess
     arrays = {name: getattr(spec, name) for name in _ARRAY_FIELDS}
     return {
+        "recipe": RECIPE,
         "preset": o.preset,
         "steps": o.steps,
         "seed": o.seed,
@@ -383,14 +388,11 @@ def load_correction(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
             image = decode_image(path)
             array = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image, np.float32)
         check_correction(array)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise DatasetError(f"{path.absolute()}: {error}") from error
     return array
 
 
 def load_mask(path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Load an ignore mask: a grey PNG in full-frame pixels, ignored where not black. Raises DatasetError."""
-    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.is_file() else None
-    if mask is None:
-        raise DatasetError(f"{path.absolute()}: not a readable image")
-    return np.asarray(mask > 0)
+    return np.asarray(read_labels(path) > 0)

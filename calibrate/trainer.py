@@ -26,11 +26,14 @@ from pipeline.preprocess import Preprocessor
 WEIGHT_DECAY = 1e-5
 LATE_LEARNING_RATE_FACTOR, LATE_FROM_SHARE = 0.1, 0.95
 _NATURAL_TRIES = 10
+_FINGERPRINTED_BYTES = 1 << 16
 _WHITENED_OVER = 200
 """Images over which features are whitened; their channels are normalised over all."""
 _PROCEDURAL_POOL = 128
 """Different procedural images of a run's penalty; each is drawn when first needed, and cropped at random."""
 _PROCEDURAL_MARGIN_PX = 64
+_PROCEDURAL_LARGEST_PX = 320
+"""Larger ones are mirrored on: the marks' number, and so the time, grows with the fourth power of the side."""
 _BATCHED_UP_TO_PX = 512 * 512
 """Tiles up to this size go through the student together."""
 
@@ -156,7 +159,8 @@ class Trainer:
         if known is not None:
             return known
         described = self.model.describe(image[:, :, tile.y_px, tile.x_px])
-        return self._features.put(index, described)
+        # The teacher's normalisation is folded into its weights, so under autocast these are bfloat16 values.
+        return self._features.put(index, described.bfloat16() if self.precision == "bf16" else described)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -209,18 +213,37 @@ class _NaturalImages:
         """What tells these images from others."""
         if self._files is None:
             return "procedural"
-        return sha256_hex("\n".join(f"{file.name} {file.path.stat().st_size}" for file in self._files).encode())
+        lines = []
+        for file in self._files:
+            with file.path.open("rb") as opened:
+                lines.append(
+                    f"{file.name} {file.path.stat().st_size} {sha256_hex(opened.read(_FINGERPRINTED_BYTES))}"
+                )
+        return sha256_hex("\n".join(lines).encode())
+
+    def fill(self, tile: Tile) -> None:
+        """Draw all procedural images at once, before a time is taken."""
+        if self._files is None:
+            for number in range(_PROCEDURAL_POOL):
+                self._procedural(number, tile)
+
+    def _procedural(self, number: int, tile: Tile) -> NDArray[np.uint8]:
+        """Return a procedural image with a margin around a tile's size."""
+        if number not in self._drawn:
+            side = max(tile.y_px.stop - tile.y_px.start, tile.x_px.stop - tile.x_px.start) + _PROCEDURAL_MARGIN_PX
+            drawing = np.random.default_rng([self._seed, 3, number])
+            image = natural_like(drawing, min(side, _PROCEDURAL_LARGEST_PX))
+            more = max(0, side - _PROCEDURAL_LARGEST_PX)
+            self._drawn[number] = np.pad(image, ((0, more), (0, more), (0, 0)), mode="symmetric")
+        return self._drawn[number]
 
     def draw(self, tile: Tile, rng: np.random.Generator) -> Pixels:
         """Draw one image of a tile's size, (3, height, width), ImageNet-normalised. Raises DatasetError."""
         height, width = tile.y_px.stop - tile.y_px.start, tile.x_px.stop - tile.x_px.start
         if self._files is None:
-            number, side = int(rng.integers(_PROCEDURAL_POOL)), max(height, width)
-            if number not in self._drawn:
-                drawing = np.random.default_rng([self._seed, 3, number])
-                self._drawn[number] = natural_like(drawing, side + _PROCEDURAL_MARGIN_PX)
+            image = self._procedural(int(rng.integers(_PROCEDURAL_POOL)), tile)
             top, left = rng.integers(_PROCEDURAL_MARGIN_PX + 1, size=2)
-            crop = self._drawn[number][top : top + height, left : left + width]
+            crop = image[top : top + height, left : left + width]
             return natural_image(crop, width, height, rng, enlarge=False)
         for _ in range(_NATURAL_TRIES):
             file = self._files[int(rng.integers(len(self._files)))]

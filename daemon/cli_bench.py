@@ -40,6 +40,8 @@ def train(
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"no folder {json_file.absolute().parent}", param_hint="--json")
         width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
         if dataset is None:
             dataset = _draw_parts(Path(folder))

@@ -163,6 +163,8 @@ def evaluate(
         loaded = read_bundle(bundle)
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise typer.BadParameter(f"no folder {json_file.absolute().parent}", param_hint="--json")
+        if report is not None:
+            report.mkdir(parents=True, exist_ok=True)  # said at once, not after the scoring
         with ConsoleListener("scoring") as listener:
 
             def on_image(done: int, total: int) -> None:
@@ -171,12 +173,12 @@ def evaluate(
                     raise KeyboardInterrupt
 
             result = evaluate_bundle(loaded, dataset, chosen, on_image)  # type: ignore[arg-type]
-            if json_file is not None:
-                text = json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n"
-                write_atomically(json_file, text.encode())
-            if report is not None:
-                listener.say(f"report: {write_evaluation_report(result, loaded, report).absolute()}")
-    _print_evaluation(result)
+        _print_evaluation(result)
+        if json_file is not None:
+            text = json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n"
+            write_atomically(json_file, text.encode())
+        if report is not None:
+            typer.echo(f"report: {write_evaluation_report(result, loaded, report).absolute()}")
 
 
 def _print_evaluation(result: Evaluation) -> None:

@@ -50,7 +50,8 @@ def pretrain(
     steps: Annotated[int | None, typer.Option(min=1, help="instead of the target's own number")] = None,
     scenes: Annotated[int, typer.Option(min=100, help="procedural scenes to draw")] = 60_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16; a backbone is distilled in fp32")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
 ) -> None:
     """Make a teacher: a patch description network that describes what is in front of it."""
     with clear_errors():
@@ -68,6 +69,7 @@ def pretrain(
             scenes=scenes,
             seed=seed,
             precision=one_of(precision, "--precision", "auto", "fp32", "bf16"),  # type: ignore[arg-type]
+            overwrite=overwrite,
         )
         with ConsoleListener("pretraining") as listener:
             digest = make_teacher(options, listener)

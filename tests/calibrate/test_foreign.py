@@ -146,6 +146,30 @@ def test_no_code_of_a_file_runs(tmp_path):
     assert not fuse.exists()
 
 
+def test_files_from_before_pytorch_1_6(tmp_path):
+    teacher = pdn("small", 384, padded=False)
+    torch.save(teacher.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_foreign(tmp_path / "old.pth").weights["8.bias"], teacher[8].bias)
+
+
+def test_what_is_refused_is_named(tmp_path):
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), tmp_path / "norm.pth")
+    with pytest.raises(ImportFailed, match=r"norm\.pth: .*a layer that no teacher has .*BatchNorm2d"):
+        read_foreign(tmp_path / "norm.pth")
+    (tmp_path / "t.pth").write_bytes(b"not safetensors")
+    with pytest.raises(TeacherError, match="inspectord import takes other formats over"):
+        find_teacher(str(tmp_path / "t.pth"), "small", 0)
+
+
+def test_an_anomalib_model_of_another_size_is_refused(good_parts, tmp_path):
+    torch.manual_seed(5)
+    model = EfficientAD("small", Geometry(256, 256)).eval()
+    torch.save({"state_dict": anomalib_names(model)}, tmp_path / "m.ckpt")
+    options = TrainOptions(dataset=good_parts, out=tmp_path / "b", geometry=Geometry(128, 128))
+    with pytest.raises(ImportFailed, match="another image size than 256x256"):
+        import_model(read_foreign(tmp_path / "m.ckpt"), options)
+
+
 def test_files_that_are_something_else(tmp_path):
     with pytest.raises(ImportFailed, match="no such file"):
         read_foreign(tmp_path / "none.pth")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -133,6 +134,34 @@ def test_good_and_defect_folders(tmp_path):
     cv2.imwrite(str(tmp_path / "stain/1.png"), np.zeros((20, 31), np.uint8))
     with pytest.raises(DatasetError, match=r"mask is \(30, 20\) px, its image \(31, 20\)"):
         read_defects(found, found.images[1], (20, 31))
+
+
+def test_defects_and_masks_are_never_taken_for_good_parts(tmp_path, monkeypatch):
+    mvtec(tmp_path / "bottle")
+    with pytest.raises(DatasetError, match=r"looks like several data sets.*bottle/ground_truth"):
+        training_files(tmp_path)
+    visa = tmp_path / "visa" / "candle"
+    image(visa / "Data/Images/Normal/0.JPG")
+    image(visa / "Data/Images/Anomaly/0.JPG")
+    (tmp_path / "visa/split_csv").mkdir()
+    rows = "object,split,label,image,mask\ncandle,train,normal,candle/Data/Images/Normal/0.JPG,\n"
+    (tmp_path / "visa/split_csv/1cls.csv").write_text(rows)
+    monkeypatch.chdir(visa)
+    assert [f.path.name for f in training_files(Path()).good] == ["0.JPG"]
+    image(tmp_path / "parts/1.png")
+    image(tmp_path / "parts/model/report/scores.png")
+    (tmp_path / "parts/model/bundle.json").write_text("{}")
+    assert [f.name for f in training_files(tmp_path / "parts").good] == ["1.png"]
+
+
+def test_masks_with_16_bits_and_small_labels_count(tmp_path):
+    root = mvtec(tmp_path)
+    labels = np.zeros((20, 30), np.uint16)
+    labels[4:6, 4:9] = 1
+    cv2.imwrite(str(root / "ground_truth/hole/001.png"), labels)
+    found = load_test_set(root)
+    (region,), _ = read_defects(found, found.images[2], (20, 30))
+    assert region.saturation_px == 10
 
 
 def test_what_cannot_be_used_says_so(tmp_path):

@@ -16,7 +16,7 @@ from calibrate.patches import draw_scenes, read_labelled
 from calibrate.pretrain import PretrainOptions, fold_batch_norm, pretrain
 from calibrate.procedural import FIELDS, MARK_LABELS, PROGRAMS, SHAPES, natural_like, program_labels, scene, texture
 from calibrate.teacher import find_teacher, read_teacher
-from calibrate.train import TrainingError
+from calibrate.train import Listener, TrainingError, TrainingStopped
 from pipeline.networks import pdn
 
 
@@ -100,7 +100,12 @@ def photographs(tmp_path):
 @pytest.mark.parametrize("target", ["procedural", "photographs"])
 def test_a_teacher_is_made_from_its_seed(tmp_path, photographs, target):
     options = PretrainOptions(
-        tmp_path / "a-small.safetensors", target=target, images=photographs, steps=2, scenes=100, precision="fp32"
+        tmp_path / "a-small.safetensors",
+        target=target,
+        steps=2,
+        scenes=100,
+        precision="fp32",
+        images=photographs if target == "photographs" else None,
     )
     digest = pretrain(options)
     teacher = read_teacher(options.out)
@@ -124,6 +129,17 @@ def test_a_teacher_is_made_from_its_seed(tmp_path, photographs, target):
     assert np.abs(off).mean() < 0.1 * np.diag(covariance).mean(), "whitened"
 
 
+class Stopping(Listener):
+    def should_stop(self):
+        return True
+
+
+def test_pretraining_stops_while_drawing(tmp_path):
+    with pytest.raises(TrainingStopped, match="stopped at scene 1; nothing was written"):
+        pretrain(PretrainOptions(tmp_path / "t.safetensors", scenes=400), Stopping())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_labelled_photographs_from_an_npz_and_from_folders(tmp_path, photographs):
     found = read_labelled(photographs)
     assert (found.images.shape, found.classes) == ((12, 32, 32, 3), 2)
@@ -144,6 +160,15 @@ def test_labelled_photographs_from_an_npz_and_from_folders(tmp_path, photographs
 
 
 def test_what_a_target_needs_is_said(tmp_path):
+    (tmp_path / "there.safetensors").write_text("")
+    for options, message in (
+        (PretrainOptions(tmp_path), "is a folder; name a file"),
+        (PretrainOptions(tmp_path / "there.safetensors"), "add --overwrite"),
+        (PretrainOptions(tmp_path / "t.safetensors", images=tmp_path), "takes no photographs"),
+        (PretrainOptions(tmp_path / "t.safetensors", backbone=tmp_path), "needs --target backbone"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            pretrain(options)
     with pytest.raises(TrainingError, match="needs --images"):
         pretrain(PretrainOptions(tmp_path / "t.safetensors", target="photographs"))
     with pytest.raises(TrainingError, match="needs --backbone FILE and --images DIR"):
@@ -244,9 +269,8 @@ def test_a_resnet_is_built_from_its_state_dict():
 
 def test_pretraining_from_a_backbone_file(tmp_path, photographs, monkeypatch):
     torch.save(resnet_state(), tmp_path / "backbone.pth")
-    monkeypatch.setattr("calibrate.distill.BATCH", 1)
     monkeypatch.setattr("calibrate.distill.distill.__kwdefaults__", {
-        "steps": 1, "batch": 1, "statistics_batches": 1, "backbone_px": 64, "on_step": None,
+        "steps": 1, "batch": 1, "statistics_batches": 1, "backbone_px": 64, "on_step": None, "on_statistics": None,
     })  # fmt: skip
     options = PretrainOptions(
         tmp_path / "d-small.safetensors",
@@ -260,5 +284,5 @@ def test_pretraining_from_a_backbone_file(tmp_path, photographs, monkeypatch):
 
 
 def test_the_default_teacher_ships_and_random_is_there_by_name():
-    assert find_teacher(None, "small", 0).facts["name"] != "random"
+    assert find_teacher(None, "small", 0).facts["name"] == "procedural"
     assert find_teacher("random", "small", 3).facts["seed"] == 3
