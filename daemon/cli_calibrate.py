@@ -58,8 +58,8 @@ def train(
     ] = None,
     hard_quantile: Annotated[float, typer.Option(min=0.0, max=0.999999, help="the paper's p_hard")] = 0.999,
     whiten: Annotated[
-        bool | None, typer.Option(help="whiten the teacher's features over the good images; unsaid: the preset's")
-    ] = None,
+        bool, typer.Option(help="whiten the teacher's features over the good images, not channel by channel")
+    ] = False,
     quantile_a: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0 in the map")] = 0.9,
     quantile_b: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0.1")] = 0.995,
     penalty: Annotated[bool, typer.Option(help="pretraining penalty")] = True,
@@ -116,7 +116,7 @@ def train(
             if pixel_format is None
             else PixelFormat(one_of(pixel_format, "--pixel-format", *(f.value for f in PixelFormat))),
             steps=steps or chosen.steps,
-            whiten=chosen.whiten if whiten is None else whiten,
+            whiten=whiten,
             seed=seed,
             learning_rate=learning_rate or chosen.learning_rate,
             held_out_share=held_out,

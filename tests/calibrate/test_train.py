@@ -15,11 +15,13 @@ from calibrate.evaluate import evaluate
 from calibrate.layouts import DatasetError, load_test_set
 from calibrate.losses import LossOptions
 from calibrate.options import TrainOptions, Turns
+from calibrate.teacher import find_teacher
 from calibrate.train import Listener, TrainingError, TrainingStopped, train
+from calibrate.trainer import Trainer
 from drivers.frame import PixelFormat
 from pipeline.bundle import read_bundle
 from pipeline.geometry import Geometry
-from pipeline.preprocess import PreprocessSpec
+from pipeline.preprocess import Preprocessor, PreprocessSpec
 from pipeline.scoring import FrameArea
 
 
@@ -127,7 +129,7 @@ def test_the_learning_rate_drops_at_95_percent_of_the_steps(options, monkeypatch
 
 def test_losses_fall(options):
     notes = Notes()
-    train(replace(options, steps=25, learning_rate=1e-3, teacher="random", whiten=False), notes)
+    train(replace(options, steps=25, learning_rate=1e-3, teacher="random"), notes)
     hard = [losses["hard"] for _, losses in notes.steps]
     assert np.mean(hard[-5:]) < 0.7 * np.mean(hard[:5])
 
@@ -398,3 +400,25 @@ def test_turned_parts(rng):
     turned = turn(image, Turns(rotate_deg=180), np.random.default_rng(0))
     assert turned.shape == image.shape
     assert not np.allclose(turned, image)
+
+
+def test_whitened_features_are_uncorrelated_over_the_training_images(options):
+    good = load_good_images(options.dataset, 0.25, 0)
+    trainer = Trainer(
+        replace(options, whiten=True), good, Preprocessor(options.preprocess), torch.device("cpu"), "fp32"
+    )
+    trainer.prepare_teacher(find_teacher("random", "small", 0))
+    with torch.no_grad():
+        pieces = [trainer.model.describe(torch.from_numpy(trainer.images[i])[None])[0].flatten(1) for i in range(9)]
+    features = torch.cat(pieces, dim=1).double().numpy()
+    np.testing.assert_allclose(features.mean(axis=1), 0, atol=1e-3)
+    np.testing.assert_allclose(features.std(axis=1), 1, atol=1e-3)
+    plain = Trainer(options, good, Preprocessor(options.preprocess), torch.device("cpu"), "fp32")
+    plain.prepare_teacher(find_teacher("random", "small", 0))
+    with torch.no_grad():
+        pieces = [plain.model.describe(torch.from_numpy(plain.images[i])[None])[0].flatten(1) for i in range(9)]
+
+    def correlation(values):
+        return np.abs(np.corrcoef(values) - np.eye(384)).mean()
+
+    assert correlation(features) < 0.5 * correlation(torch.cat(pieces, dim=1).numpy())
