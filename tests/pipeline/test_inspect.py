@@ -13,6 +13,7 @@ from pipeline.engine_cpu import CpuEngine
 from pipeline.engines import EngineUnavailable, make_engine
 from pipeline.inspect import Inspector, Outcome, Reason, judge
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
+from pipeline.scoring import Quantiles
 
 
 class CannedEngine:
@@ -62,6 +63,7 @@ def test_a_value_that_is_not_finite_anywhere_is_invalid_engine(bundle, part, val
 
 def test_finite_maps_that_overflow_on_the_way_are_invalid_engine(bundle, part):
     huge = np.full((8, 8), 3e38, np.float32)
+    bundle = replace(bundle, quantiles=Quantiles(0.0, 1e-3, 0.0, 1e-3))
     found = Inspector(bundle, CannedEngine(huge, huge)).inspect(part)
     assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.ENGINE)
 

@@ -20,9 +20,17 @@ REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 120.0
 
 
+_given: set[int] = set()
+
+
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """Find a free port that this test run has not given out before."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 @dataclass

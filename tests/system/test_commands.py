@@ -167,24 +167,6 @@ def test_impossible_training_is_refused_at_once(good_parts, tmp_path, arguments,
     assert "Traceback" not in done.stderr
 
 
-def test_evaluate_prints_image_auroc(tmp_path, good_parts, tiny_bundle):
-    import shutil
-
-    import cv2
-
-    from drivers.synthetic import PartRenderer, SyntheticOptions
-
-    shutil.copytree(good_parts, tmp_path / "good")
-    (tmp_path / "stain").mkdir()
-    part = PartRenderer(SyntheticOptions(seed=3, width=96, height=96)).render(900, "stain")
-    cv2.imwrite(str(tmp_path / "stain" / "0.png"), part.raw)
-    done = inspectord("evaluate", tiny_bundle, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("image AU-ROC ")
-    assert "(12 good, 1 defective)" in done.stdout
-    assert "stain" in done.stdout
-
-
 def test_demo_runs_from_nothing_to_a_picture(tmp_path):
     done = inspectord("demo", "--folder", tmp_path / "demo", "--parts", 8, "--steps", 2)
     assert done.returncode == 0, done.stderr
