@@ -77,7 +77,6 @@ class PixelMetrics:
     """Area under the sPRO curve up to SPRO_LIMIT; None without saturation thresholds."""
     auspro_30: float | None
     """The same up to PRO_LIMIT."""
-    roc: Curve
     pro: Curve
 
 
@@ -187,7 +186,6 @@ class PixelTally:
             aupro=pro.area(PRO_LIMIT),
             auspro=None if spro is None else spro.area(SPRO_LIMIT),
             auspro_30=None if spro is None else spro.area(PRO_LIMIT),
-            roc=self._curve(normal, defective),
             pro=pro,
         )
 
