@@ -13,7 +13,7 @@ from drivers.replay import decode_image
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.resample import resize
 
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _MEAN = np.array(IMAGENET_MEAN, np.float32)[:, None, None]
 _STD = np.array(IMAGENET_STD, np.float32)[:, None, None]
 _NATURAL_ENLARGEMENT = 2
@@ -35,7 +35,7 @@ def augment(image: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
     if which == 0:
         other = np.zeros((1, 1, 1), np.float32)
     else:
-        grey = np.tensordot(_LUMA, shades, 1)[None]
+        grey = np.tensordot(LUMA, shades, 1)[None]
         other = grey.mean(dtype=np.float64, keepdims=True).astype(np.float32) if which == 1 else grey
     changed = np.clip(strength * shades + (1 - strength) * other, 0, 1)
     return np.asarray((changed - _MEAN) / _STD, np.float32)
@@ -87,7 +87,7 @@ def natural_image(
     if enlarge:
         large = resize(large, _NATURAL_ENLARGEMENT * width, _NATURAL_ENLARGEMENT * height)
     if rng.random() < _GREY_PROBABILITY:
-        large = np.asarray(np.repeat((large @ _LUMA)[..., None], 3, 2), np.float32)
+        large = np.asarray(np.repeat((large @ LUMA)[..., None], 3, 2), np.float32)
     top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
     crop = large[top : top + height, left : left + width].transpose(2, 0, 1)
     return np.ascontiguousarray((crop - _MEAN) / _STD, np.float32)

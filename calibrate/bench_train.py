@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from calibrate.augment import augment
-from calibrate.dataset import load_good_images
 from calibrate.options import TrainOptions
 from calibrate.teacher import find_teacher
-from calibrate.train import device_of, fit_image, resolve_precision
+from calibrate.train import device_of, good_images, resolve_precision
 from calibrate.trainer import WEIGHT_DECAY, Trainer
 from drivers.replay import decode_image, format_of
 from pipeline.networks import TEACHER_CHANNELS, EfficientAD
@@ -86,9 +85,7 @@ def bench_train(options: TrainOptions, steps: int, on_round: Callable[[int, int]
     device = device_of(options.device)
     precision = resolve_precision(options.precision, device)
     preprocess = Preprocessor(options.preprocess)
-    good = load_good_images(
-        options.dataset, options.held_out_share, options.seed, lambda image: fit_image(image, preprocess, options)
-    )
+    good = good_images(options, preprocess)
     trainer = Trainer(options, good, preprocess, device, precision)
     trainer.prepare_teacher(find_teacher(options.teacher, options.size, options.seed))
     reference = _Straightforward(trainer, options)

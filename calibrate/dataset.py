@@ -164,13 +164,10 @@ class PreparedImages:
             return cached
         file = self._files[index]
         try:
-            prepared = self.prepare(decode_image(file.path))
+            image = decode_image(file.path)
+            prepared = self._preprocess(image, format_of(image, self._pixel_format))
         except (OSError, ValueError) as error:
             raise DatasetError(f"{file.path.absolute()}: {error}") from error
         if len(self._cache) < self._cacheable:
             self._cache[index] = prepared
         return prepared
-
-    def prepare(self, image: Image) -> NDArray[np.float32]:
-        """Turn a decoded file into the networks' input, (3, height, width). Raises ValueError."""
-        return self._preprocess(image, format_of(image, self._pixel_format))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from calibrate.augment import read_natural_image
+from calibrate.augment import LUMA, read_natural_image
 from calibrate.dataset import MAX_CORRUPT_SHARE
 from calibrate.layouts import DatasetError, ImageFile
 from pipeline.networks import TEACHER_CHANNELS, PdnSize, pdn
@@ -23,7 +23,6 @@ PDN_PX = 256
 BACKBONE_PX = 512
 _GREY_PROBABILITY = 0.1
 _PATCHCORE_CHANNELS = 1024
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -162,7 +161,7 @@ def _draws(
             shades = pixels.astype(np.float32) / np.float32(255)
             rgb = np.repeat(shades[..., None], 3, 2) if shades.ndim == 2 else shades[..., ::-1]
             if rng.random() < _GREY_PROBABILITY:
-                rgb = np.repeat((rgb @ _LUMA)[..., None], 3, 2)
+                rgb = np.repeat((rgb @ LUMA)[..., None], 3, 2)
             drawn.append(np.ascontiguousarray(rgb, np.float32))
         yield drawn
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from calibrate.dataset import PreparedImages, load_good_images
+from calibrate.dataset import PreparedImages
 from calibrate.foreign import ForeignModel, ImportFailed
 from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
-from calibrate.train import calibrated, fit_image, raw_maps
+from calibrate.train import calibrated, good_images, raw_maps
 from pipeline.bundle import Bundle, Model, write_bundle
 from pipeline.networks import EfficientAD
 from pipeline.preprocess import Preprocessor
@@ -42,9 +42,7 @@ def import_model(foreign: ForeignModel, options: TrainOptions) -> Bundle:
             raise ImportFailed(f"{foreign.origin}: tensor {name} is {found}, not {tuple(tensor.shape)}")
     networks.load_state_dict({n: foreign.weights[n] for n in wanted}, strict=False)
     preprocess = Preprocessor(options.preprocess)
-    good = load_good_images(
-        options.dataset, options.held_out_share, options.seed, lambda image: fit_image(image, preprocess, options)
-    )
+    good = good_images(options, preprocess)
     statistics = foreign.statistics
     if statistics is None:
         images = PreparedImages(good.train, preprocess, options.pixel_format, 0)

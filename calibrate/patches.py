@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.augment import LUMA
 from calibrate.layouts import DatasetError
 from calibrate.procedural import MARK_LABELS, PARAMETERS, program_labels, scene
 from drivers.replay import decode_image, list_images
@@ -27,7 +28,6 @@ _BORDER_PX = 9
 _PHOTOGRAPH_PX = 32
 _SHIFT_PX = 8
 _GREY_PROBABILITY = 0.3
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _MIDDLE = RECEPTIVE_FIELD_PX // 2
 
 Patches = NDArray[np.float32]
@@ -163,7 +163,7 @@ class LabelledPhotographs:
         columns = np.where(rng.random(count)[:, None, None] < 0.5, columns[:, :, ::-1], columns)
         patches = np.asarray(padded[np.arange(count)[:, None, None], rows, columns] / np.float32(255), np.float32)
         grey = rng.random(count) < _GREY_PROBABILITY
-        patches[grey] = (patches[grey] @ _LUMA)[..., None]
+        patches[grey] = (patches[grey] @ LUMA)[..., None]
         return patches, self.labels[which]
 
 

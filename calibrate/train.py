@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from calibrate.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from calibrate.dataset import GoodImages, load_good_images
+from calibrate.dataset import GoodImages, PreparedImages, load_good_images
 from calibrate.layouts import DatasetError, ImageFile, read_labels
 from calibrate.normalize import choose_threshold, map_quantiles, score_maps
 from calibrate.options import Precision, TrainOptions
@@ -99,9 +98,8 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    good = load_good_images(
-        options.dataset, options.held_out_share, options.seed, lambda image: fit_image(image, preprocess, options)
-    )
+    good = good_images(options, preprocess)
+    held_out = PreparedImages(good.held_out, preprocess, options.pixel_format, 0)
     _tell_of_images(good, listener)
     teacher = find_teacher(options.teacher, options.size, options.seed)
     listener.say(f"teacher: {teacher.facts['name']} ({teacher.facts['origin']})")
@@ -118,12 +116,12 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         f"training {options.size} on {device.type} in {precision}, {options.steps} steps, "
         f"{penalty if options.losses.penalty else 'no penalty'}"
     )
-    losses = _train_steps(trainer, good, scorer, 0 if progress is None else progress.step, settings, listener)
+    losses = _train_steps(trainer, held_out, scorer, 0 if progress is None else progress.step, settings, listener)
     for name, why in trainer.natural.unreadable.items():
         listener.say(f"skipped natural image {name}: {why}")
     use_autoencoder = options.losses.autoencoder
     if use_autoencoder and options.autoencoder_map == "auto":
-        explained = trainer.explained_by_autoencoder(_prepared(trainer, good.held_out))
+        explained = trainer.explained_by_autoencoder(held_out[i] for i in range(len(held_out)))
         use_autoencoder = explained >= MIN_EXPLAINED
         listener.say(
             f"the autoencoder explains {explained:.1%} of the held-out features' variance"
@@ -229,15 +227,6 @@ def _training_facts(settings: dict[str, Any], good: GoodImages, options: TrainOp
     return {**facts, "dataset": str(options.dataset.absolute()), "digests": good.digests}
 
 
-def _prepared(trainer: Trainer, files: list[ImageFile]) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
-    """Decode and prepare files one by one. Raises DatasetError."""
-    for file in files:
-        try:
-            yield trainer.images.prepare(decode_image(file.path))
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"{file.path.absolute()}: {error}") from error
-
-
 def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions) -> list[RawMaps]:
     """Run images through the very engine that the daemon uses."""
     engine = make_engine(model, "cpu" if options.device == "cpu" else "auto").engine
@@ -255,7 +244,12 @@ _ARRAY_FIELDS = ("dark", "flat", "ignore")
 
 
 def _train_steps(
-    trainer: Trainer, good: GoodImages, scorer: Scorer, start: int, settings: dict[str, Any], listener: Listener
+    trainer: Trainer,
+    held_out: PreparedImages,
+    scorer: Scorer,
+    start: int,
+    settings: dict[str, Any],
+    listener: Listener,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Do the remaining steps; returns the losses on the way, (points, 1 + terms)."""
     options, model = trainer.options, trainer.model
@@ -289,7 +283,7 @@ def _train_steps(
             save()
             raise TrainingStopped(f"stopped at step {done} of {options.steps}; the same command goes on")
         if done in looks:
-            listener.say(f"step {done}: {_look(trainer, good, scorer)}")
+            listener.say(f"step {done}: {_look(trainer, held_out, scorer)}")
     return np.array(curve).reshape(-1, 1 + len(_LOSS_NAMES))
 
 
@@ -297,11 +291,11 @@ _LOSS_NAMES = ("hard", "penalty", "autoencoder", "student_autoencoder")
 
 
 @torch.inference_mode()
-def _look(trainer: Trainer, good: GoodImages, scorer: Scorer) -> str:
+def _look(trainer: Trainer, held_out: PreparedImages, scorer: Scorer) -> str:
     """Say how the scores of a few held-out images are spread, by quantiles of their own maps."""
     trainer.model.eval()
     maps = []
-    for prepared in _prepared(trainer, good.held_out[:_LOOKED_AT]):
+    for prepared in (held_out[i] for i in range(min(len(held_out), _LOOKED_AT))):
         st, ae = trainer.maps(prepared)
         maps.append(RawMaps(st, ae, 0, 0))
     trainer.model.train()
@@ -329,7 +323,14 @@ def _progress_to_resume(options: TrainOptions, settings: dict[str, Any]) -> Prog
     )
 
 
-def fit_image(image: Image, preprocess: Preprocessor, options: TrainOptions) -> PixelFormat:
+def good_images(options: TrainOptions, preprocess: Preprocessor) -> GoodImages:
+    """Load the good images of a run, each checked against its preprocessing. Raises DatasetError."""
+    return load_good_images(
+        options.dataset, options.held_out_share, options.seed, lambda image: _fit(image, preprocess, options)
+    )
+
+
+def _fit(image: Image, preprocess: Preprocessor, options: TrainOptions) -> PixelFormat:
     """Check that format, region, mask and corrections fit an image. Raises ValueError."""
     pixel_format = format_of(image, options.pixel_format)
     area = preprocess.spec.area(image.shape[1], image.shape[0])

@@ -66,7 +66,8 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
         self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-        self._features = _FeatureCache(self._cacheable_features())
+        self._features: dict[int, Tensor] = {}
+        self._cacheable = self._cacheable_features()
 
     def prepare_teacher(self, teacher: Teacher) -> None:
         """Put the teacher in, with its features whitened or its channels normalised over the training images."""
@@ -160,7 +161,10 @@ class Trainer:
             return known
         described = self.model.describe(image[:, :, tile.y_px, tile.x_px])
         # The teacher's normalisation is folded into its weights, so under autocast these are bfloat16 values.
-        return self._features.put(index, described.bfloat16() if self.precision == "bf16" else described)
+        described = described.bfloat16() if self.precision == "bf16" else described
+        if len(self._features) < self._cacheable:
+            self._features[index] = described
+        return described
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -176,22 +180,6 @@ class Trainer:
             return 0
         bytes_each = g.map_width * g.map_height * 384 * (2 if self.precision == "bf16" else 4)
         return max(0, options.cache_mib * 2**20 - self.images.cache_bytes) // bytes_each
-
-
-class _FeatureCache:
-    """The teacher's features by image, as many as fit."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._features: dict[int, Tensor] = {}
-
-    def get(self, index: int) -> Tensor | None:
-        return self._features.get(index)
-
-    def put(self, index: int, features: Tensor) -> Tensor:
-        if len(self._features) < self._capacity:
-            self._features[index] = features
-        return features
 
 
 class _NaturalImages:

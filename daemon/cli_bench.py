@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import numbers, one_of
+from daemon.cli_options import check_json_file, numbers, one_of
 
 _DRAWN_PARTS = 24
 
@@ -40,8 +40,7 @@ def train(
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"no folder {json_file.absolute().parent}", param_hint="--json")
+        check_json_file(json_file)
         width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
         if dataset is None:
             dataset = _draw_parts(Path(folder))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import area, numbers, one_of
+from daemon.cli_options import area, check_json_file, numbers, one_of
 
 if TYPE_CHECKING:
     from calibrate.evaluate import Evaluation
@@ -161,8 +161,7 @@ def evaluate(
 
         chosen = one_of(device, "--device", "auto", "cpu", "cuda")
         loaded = read_bundle(bundle)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"no folder {json_file.absolute().parent}", param_hint="--json")
+        check_json_file(json_file)
         if report is not None:
             report.mkdir(parents=True, exist_ok=True)  # said at once, not after the scoring
         with ConsoleListener("scoring") as listener:

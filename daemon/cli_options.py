@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -27,6 +28,12 @@ def area(text: str) -> FrameArea:
     if width < 3 or height < 3:
         raise typer.BadParameter("width and height must be at least 3 px", param_hint="--roi")
     return FrameArea(x, y, width, height)
+
+
+def check_json_file(path: Path | None) -> None:
+    """Say before the work, not after it, that --json names no folder. Raises typer.BadParameter."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint="--json")
 
 
 def one_of(value: str, option: str, *allowed: str) -> str:
