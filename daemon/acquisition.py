@@ -1,22 +1,29 @@
-"""The acquisition thread: open the camera, number every frame, reopen when it is lost."""
+"""The acquisition thread: open the camera, number every frame and trigger, reopen when it is lost."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
-from daemon.channels import Channel, End, Grabbed, Probe, Torn
+from daemon.channels import Channel, Closed, Grabbed, Probe, Swap
+from daemon.events import EventKind, Events
+from daemon.ledger import Entry, Ledger, Ticket
 from daemon.ring import FrameRing, Slot
-from daemon.sequence import SequenceFile
-from daemon.tally import Tally
-from drivers.camera import Camera, CameraError, EndOfStream
+from daemon.supervision import Backoff, Call
+from drivers.camera import Camera, CameraError, CameraLost, EndOfStream, Fires
 from drivers.frame import Frame, FrameStatus
+from pipeline.inspect import Inspection, Outcome, Reason
 
-_GRAB_TIMEOUT_S = 0.1
-_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 5.0
+GRAB_TIMEOUT_S = 0.1
+_REOPENS_AFTER_HANG = 5
+"""A camera that hung still holds its device; when reopening fails so often, only a new process helps."""
+_WAITING_TRIGGERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,112 +36,274 @@ class CameraState:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """A trigger that somebody asked for."""
+
+    id: str | None
+    part: str | None
+    asked_ns: int
+    """Host monotonic clock: its verdict's deadline counts from here."""
+
+
+class Triggers:
+    """Triggers that wait for the camera; at most so many that none grows old."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Trigger] = deque()
+        self._changed = threading.Condition()
+
+    def ask(self, trigger: Trigger) -> bool:
+        """Append a trigger; False when too many wait already."""
+        with self._changed:
+            if len(self._waiting) >= _WAITING_TRIGGERS:
+                return False
+            self._waiting.append(trigger)
+            self._changed.notify()
+            return True
+
+    def take(self, timeout_s: float) -> Trigger | None:
+        """Take the oldest, waiting up to `timeout_s`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting, timeout_s)
+            return self._waiting.popleft() if self._waiting else None
+
+
+class Line:
+    """What outlives a generation of acquisition: where frames go, and what the supervisor may ask for."""
+
+    def __init__(self, ledger: Ledger, ring: FrameRing, frames: Channel[Grabbed | Probe | Swap]) -> None:
+        self.ledger = ledger
+        self.ring = ring
+        self.frames = frames
+        """The present generation's; replaced when the engine's thread is."""
+        self.triggers = Triggers()
+        self.stop = threading.Event()
+        self.paused = threading.Event()
+        self.probe_wanted = 0
+        self.state = CameraState()
+        self.last_frame_s = 0.0
+        """Host monotonic clock when the last frame came."""
+
+    def send(self, item: Grabbed | Probe | Swap) -> None:
+        """Hand something to whichever generation of the engine's thread is there."""
+        while True:
+            channel = self.frames
+            try:
+                return channel.put(item)
+            except Closed:
+                if self.frames is channel:  # closed for good
+                    raise
+
+
 class Acquisition:
-    """Turn a camera into a stream of numbered frames."""
+    """Turn a camera into a stream of numbered frames. One object for each generation of the thread."""
 
     def __init__(
         self,
         camera: Camera,
-        sequences: SequenceFile,
-        ring: FrameRing,
-        out: Channel[Grabbed | Probe | End],
-        tally: Tally,
+        line: Line,
         *,
         wait_when_full: bool,
-        stop: threading.Event,
-        torn: threading.Event,
+        after_hang: bool,
+        events: Events,
+        next_camera: Callable[[], Camera | None],
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
-        self._camera = camera
-        self._sequences = sequences
-        self._ring = ring
-        self._out = out
-        self._tally = tally
-        self._wait_when_full = wait_when_full
-        self._stop = stop
-        self._torn = torn
-        self._log = log
-        self._probe_wanted = 0
-        self._probe_sent = 0
-        self._backoff_s = _FIRST_BACKOFF_S
-        self.state = CameraState()
+        """Prepare.
 
-    def send_probe(self, number: int) -> None:
-        """Ask for a probe to be sent down the line; called by the supervisor."""
-        self._probe_wanted = number
+        Args:
+            camera: opened by `run`, closed by it.
+            line: shared with earlier and later generations.
+            wait_when_full: wait for a slot instead of INVALID/overload.
+            after_hang: the generation before this one was abandoned inside the driver.
+            events: told of cameras lost and found.
+            next_camera: asked at every turn for a camera to go on with; None: keep this one.
+            log: for what happens.
+        """
+        self.camera = camera
+        self._line = line
+        self._wait_when_full = wait_when_full
+        self.after_hang = after_hang
+        self._events = events
+        self._next_camera = next_camera
+        self._log = log
+        self._probe_sent = 0
+        self._backoff = Backoff()
+        self.ticket = Ticket()
+        self.call = Call()
+        """Runs while the thread is inside the driver."""
+        self.waiting_entry: Entry | None = None
+        """The trigger whose frame has not come yet."""
 
     def run(self) -> None:
-        """Grab until told to stop or until a finite source ends, then say End."""
-        while not self._stop.is_set():
+        """Grab until told to stop or until a finite source ends; then nothing more is numbered."""
+        line = self._line
+        failures = 0
+        while not line.stop.is_set():
+            if line.paused.is_set():
+                self._refuse_triggers("the line is paused")
+                self._pass_probe()
+                line.stop.wait(GRAB_TIMEOUT_S)
+                continue
             try:
-                info = self._camera.open()
-                reopened = self.state.reopened + (self.state.source is not None)
-                self.state = CameraState(connected=True, source=info.source, reopened=reopened)
-                self._log.info(
-                    "camera open",
-                    source=info.source,
-                    model=info.model,
-                    width=info.width,
-                    height=info.height,
-                    pixel_format=info.pixel_format,
-                )
+                self._open()
+                failures, self.after_hang = 0, False
                 self._grab_while_it_lasts()
             except EndOfStream:
                 self._log.info("end of stream")
                 break
             except CameraError as error:
-                if not self._camera.live:
+                if not (self.camera.live or isinstance(error, CameraLost)):
                     raise  # files do not come back by themselves
+                failures += 1
+                if self.after_hang and failures >= _REOPENS_AFTER_HANG:
+                    raise
+                self._answer_open_trigger(error)
                 self._camera_failed(error)
             finally:
-                self._camera.close()
-                self.state = replace(self.state, connected=False)
-        self._out.put(End())
+                with self.call.running():
+                    self.camera.close()
+                if not self.ticket.revoked:
+                    line.state = replace(line.state, connected=False)
+            self.camera = self._next_camera() or self.camera
+        self._refuse_triggers("the line is stopping")
+        line.ledger.end()
+
+    def _open(self) -> None:
+        with self.call.running():
+            info = self.camera.open()
+        state = self._line.state
+        again = state.source is not None
+        self._line.state = CameraState(connected=True, source=info.source, reopened=state.reopened + again)
+        described: dict[str, Any] = {"source": info.source, "model": info.model}
+        described |= {"width": info.width, "height": info.height}
+        if state.error is not None:
+            self._events.say(EventKind.CAMERA, "the camera is back", level="info", **described)
+        self._log.info("camera open", pixel_format=info.pixel_format, **described)
 
     def _grab_while_it_lasts(self) -> None:
-        while not self._stop.is_set():
-            frames = self._camera.grab(_GRAB_TIMEOUT_S)
-            for frame in frames:
-                self._take(frame)
-                self._backoff_s = _FIRST_BACKOFF_S
-            self._pass_probe()
-
-    def _take(self, frame: Frame) -> None:
-        frame.sequence = self._sequences.next()
-        self._tally.saw()
-        slot: Slot | None = None
-        if frame.status is FrameStatus.COMPLETE and frame.image is not None:
-            slot = self._lease()
-            if slot is None:
-                frame.status = FrameStatus.OVERLOAD
-                frame.detail = "every slot was taken; the engine is slower than the camera"
-                frame.image = None
+        line = self._line
+        while not (line.stop.is_set() or line.paused.is_set()):
+            if self.camera.fires is Fires.ITSELF:
+                self._take_all(self._grab())
             else:
-                frame.image = slot.store(frame.image)
-        frame.grabbed_ns = time.monotonic_ns()
-        self._out.put(Grabbed(frame, slot))
+                self._trigger_one()
+            self._pass_probe()
+            replacement = self._next_camera()
+            if replacement is not None:
+                with self.call.running():
+                    self.camera.close()
+                self.camera = replacement
+                self._open()
 
-    def _lease(self) -> Slot | None:
+    def _grab(self) -> list[Frame]:
+        with self.call.running():
+            return self.camera.grab(GRAB_TIMEOUT_S)
+
+    def _trigger_one(self) -> None:
+        """Fire one trigger, numbered before it is fired, and wait for its frame."""
+        line, source = self._line, self._line.state.source or ""
+        if self.camera.fires is Fires.ON_COMMAND:
+            trigger = line.triggers.take(GRAB_TIMEOUT_S)
+            if trigger is None:
+                return
+            frame = Frame(FrameStatus.PENDING, source, arrived_ns=trigger.asked_ns)
+            entry = line.ledger.open(self.ticket, frame, trigger=trigger.id, part=trigger.part)
+            self.waiting_entry = entry
+            while not self._ready():
+                self._pass_probe()
+                if line.stop.is_set() or entry.is_late():
+                    why = "the camera was not ready for the trigger"
+                    line.ledger.settle(entry, Inspection(Outcome.INVALID, Reason.TIMEOUT, why))
+                    return
+        else:
+            if not self._ready():
+                return
+            self.waiting_entry = entry = line.ledger.open(self.ticket, Frame(FrameStatus.PENDING, source))
+        with self.call.running():
+            self.camera.fire()
+        while not (frames := self._grab()):
+            self._pass_probe()
+        self.waiting_entry = None
+        # Frames that the camera counted and lost come first in the list; the trigger's own is the last.
+        self._fill(entry, frames.pop())
+        self._take_all(frames)
+
+    def _ready(self) -> bool:
+        with self.call.running():
+            return self.camera.ready(GRAB_TIMEOUT_S)
+
+    def _take_all(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            self._judge(self._line.ledger.open(self.ticket, frame))
+
+    def _fill(self, entry: Entry, frame: Frame) -> None:
+        frame.sequence, frame.arrived_ns = entry.sequence, entry.frame.arrived_ns
+        frame.wall_ns = entry.frame.wall_ns
+        if self._line.ledger.fill(entry, frame):
+            self._judge(entry)
+        else:
+            self._events.say(EventKind.LATE, "the frame came after its verdict was due", sequence=entry.sequence)
+
+    def _judge(self, entry: Entry) -> None:
+        """Send a frame to the engine, or settle it at once when there is nothing to judge."""
+        line, frame = self._line, entry.frame
+        line.last_frame_s = time.monotonic()
+        self._backoff.succeeded()
+        if frame.status is FrameStatus.COMPLETE and frame.image is not None:
+            slot = self._lease(entry)
+            if slot is not None:
+                frame.image = slot.store(frame.image)
+                frame.grabbed_ns = time.monotonic_ns()
+                line.send(Grabbed(entry, slot))
+                return
+            frame.status, frame.image = FrameStatus.OVERLOAD, None
+            frame.detail = "every slot was taken; the engine is slower than the camera"
+        frame.grabbed_ns = time.monotonic_ns()
+        inspection = Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail)
+        line.ledger.settle(entry, inspection)
+        self._log.warning(
+            "invalid", sequence=entry.sequence, reason=inspection.reason, detail=frame.detail, source=frame.source
+        )
+
+    def _lease(self, entry: Entry) -> Slot | None:
         if not self._wait_when_full:
-            return self._ring.lease(0)
-        while (slot := self._ring.lease(_GRAB_TIMEOUT_S)) is None:
-            if self._torn.is_set():
-                raise Torn
+            return self._line.ring.lease(0)
+        while (slot := self._line.ring.lease(GRAB_TIMEOUT_S)) is None:
+            if self.ticket.revoked:
+                raise Closed
             self._pass_probe()
         return slot
 
     def _pass_probe(self) -> None:
-        if self._probe_wanted > self._probe_sent:
-            self._probe_sent = self._probe_wanted
-            self._out.put(Probe(self._probe_sent))
+        wanted = self._line.probe_wanted
+        if wanted > self._probe_sent:
+            self._probe_sent = wanted
+            self._line.send(Probe(wanted))
+
+    def _answer_open_trigger(self, error: CameraError) -> None:
+        entry, self.waiting_entry = self.waiting_entry, None
+        if entry is not None:
+            self._line.ledger.settle(entry, Inspection(Outcome.INVALID, Reason.CAMERA, str(error)))
 
     def _camera_failed(self, error: CameraError) -> None:
-        self.state = replace(self.state, connected=False, error=str(error))
-        self._log.warning("camera failed", error=str(error), reopen_in_s=round(self._backoff_s, 3))
-        self._camera.close()
-        deadline_s = time.monotonic() + self._backoff_s
-        self._backoff_s = min(2 * self._backoff_s, _LONGEST_BACKOFF_S)
-        while (left_s := deadline_s - time.monotonic()) > 0:
+        line, pause_s = self._line, self._backoff.pause_s()
+        if line.state.error != str(error):  # said once, not at every try
+            self._events.say(EventKind.CAMERA, "the camera failed", error=str(error))
+        line.state = replace(line.state, connected=False, error=str(error))
+        self._log.info("camera will be reopened", in_s=round(pause_s, 3))
+        with self.call.running():
+            self.camera.close()
+        deadline_s = time.monotonic() + pause_s
+        while (left_s := deadline_s - time.monotonic()) > 0 and not line.paused.is_set():
+            self._refuse_triggers(str(error))
             self._pass_probe()
-            if self._stop.wait(min(left_s, _GRAB_TIMEOUT_S)):
+            if line.stop.wait(min(left_s, GRAB_TIMEOUT_S)):
                 return
+
+    def _refuse_triggers(self, error: str) -> None:
+        """Answer triggers that come while the camera is away: each has a part in front of it."""
+        while (trigger := self._line.triggers.take(0)) is not None:
+            frame = Frame(FrameStatus.CAMERA, self._line.state.source or "", detail=error)
+            self._judge(self._line.ledger.open(self.ticket, frame, trigger=trigger.id, part=trigger.part))

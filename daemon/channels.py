@@ -1,39 +1,26 @@
-"""What flows between the threads, and how a thread's failure reaches the supervisor."""
+"""What flows from acquisition to the engine, and the channel that it flows through."""
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from daemon.ledger import Entry
 from daemon.ring import Slot
-from drivers.frame import Frame
-from pipeline.inspect import Inspection
+from pipeline.inspect import Inspector
 
 T = TypeVar("T")
-_LOOK_UP_S = 0.2
-"""How often a blocked thread looks whether the station is being torn down."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grabbed:
-    """A numbered frame on its way to the engine."""
+    """A numbered frame with an image, on its way to the engine."""
 
-    frame: Frame
-    slot: Slot | None
-    """Where its image lies; None without an image."""
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A frame with its inspection on its way to the publisher."""
-
-    frame: Frame
-    inspection: Inspection
-    judging_began_ns: int
-    """Host monotonic clock; 0 for a frame of an earlier run."""
+    entry: Entry
+    slot: Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,63 +31,52 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """Nothing comes after this."""
+class Swap:
+    """Judge what follows with another inspector."""
+
+    inspector: Inspector
+    done: Future[None] = field(default_factory=Future)
 
 
-class Torn(Exception):
-    """Another thread has failed; this one ends too."""
+class Closed(Exception):
+    """This generation of a worker or a channel has ended; whoever still holds it must end too."""
 
 
 class Channel(Generic[T]):
-    """A bounded queue. A full one makes its writer wait: nothing that was numbered is ever dropped."""
+    """A bounded queue for one generation of its reader. A full one makes its writer wait.
 
-    def __init__(self, capacity: int, torn: threading.Event) -> None:
-        self._queue: queue.Queue[T] = queue.Queue(capacity)
-        self._torn = torn
+    `close` fences and drains in one step: what was put in before is returned, what comes after is refused.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._items: deque[T] = deque()
+        self._closed = False
+        self._changed = threading.Condition()
 
     def put(self, item: T) -> None:
-        """Append, waiting while full. Raises Torn."""
-        while True:
-            try:
-                return self._queue.put(item, timeout=_LOOK_UP_S)
-            except queue.Full:
-                if self._torn.is_set():
-                    raise Torn from None
-
-    def try_put(self, item: T) -> bool:
-        """Append without waiting; return whether there was room."""
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
-            return False
-        return True
+        """Append, waiting while full. Raises Closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
+            if self._closed:
+                raise Closed
+            self._items.append(item)
+            self._changed.notify_all()
 
     def get(self) -> T:
-        """Take the oldest, waiting while empty. Raises Torn."""
-        while True:
-            try:
-                return self._queue.get(timeout=_LOOK_UP_S)
-            except queue.Empty:
-                if self._torn.is_set():
-                    raise Torn from None
+        """Take the oldest, waiting while empty. Raises Closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._items)
+            if self._closed:
+                raise Closed
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
 
-
-class Worker(threading.Thread):
-    """A thread whose failure is never lost: it is kept, and everyone else is told to stop."""
-
-    def __init__(self, name: str, work: Callable[[], None], torn: threading.Event) -> None:
-        super().__init__(name=name, daemon=True)
-        self._work = work
-        self._torn = torn
-        self.failure: BaseException | None = None
-
-    def run(self) -> None:
-        """Do the work; the supervisor reads `failure` afterwards."""
-        try:
-            self._work()
-        except Torn:
-            return
-        except BaseException as error:  # noqa: BLE001 - handed to the supervisor, which ends the process
-            self.failure = error
-            self._torn.set()
+    def close(self) -> list[T]:
+        """End this generation; return what nobody took."""
+        with self._changed:
+            left, self._closed = list(self._items), True
+            self._items.clear()
+            self._changed.notify_all()
+            return left

@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from daemon import cli_bench, cli_calibrate, cli_teacher
+from daemon import cli_bench, cli_calibrate, cli_keys, cli_line, cli_teacher
 from daemon.cli_errors import clear_errors
+from daemon.cli_options import ConfigOption
 
 app = typer.Typer(
     name="inspectord",
@@ -24,8 +25,9 @@ app = typer.Typer(
 cli_calibrate.register(app)
 cli_teacher.register(app)
 cli_bench.register(app)
+cli_line.register(app)
+cli_keys.register(app)
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the station's YAML file", dir_okay=False)]
 StateDirOption = Annotated[
     Path | None, typer.Option(help="folder that keeps the sequence number, instead of the configured one")
 ]
@@ -46,7 +48,7 @@ def run(config: ConfigOption, state_dir: StateDirOption = None) -> None:
     from daemon.station import Station
 
     with clear_errors():
-        station = Station(settings)
+        station = Station(settings, config_path=config)
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -55,6 +57,7 @@ def run(config: ConfigOption, state_dir: StateDirOption = None) -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
+        signal.signal(signal.SIGHUP, lambda _number, _frame: station.reload_soon())
         summary = station.run()
     typer.echo(summary)
 

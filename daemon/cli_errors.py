@@ -25,9 +25,12 @@ def clear_errors() -> Iterator[None]:
     from calibrate.teacher import TeacherError
     from calibrate.train import TrainingError, TrainingStopped
     from daemon.check import CheckFailed
+    from daemon.client import RequestFailed
     from daemon.demo import DemoFailed
-    from daemon.publishing import EndpointError
+    from daemon.journal import JournalError
+    from daemon.keys import KeysError
     from daemon.sequence import StateError
+    from daemon.sockets import EndpointError
     from daemon.station import StationFailed
     from daemon.yaml_errors import ConfigError
     from drivers.camera import CameraError, DriverMissing
@@ -44,6 +47,8 @@ def clear_errors() -> Iterator[None]:
         EngineUnavailable,
         GeometryError,
         ImportFailed,
+        JournalError,
+        KeysError,
         TeacherError,
         TrainingError,
     )
@@ -57,6 +62,7 @@ def clear_errors() -> Iterator[None]:
         DemoFailed,
         EndpointError,
         FetchFailed,
+        RequestFailed,
         StateError,
         StationFailed,
         OSError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +22,7 @@ from pydantic import (
 from daemon.yaml_errors import ConfigError, describe_problems, read_yaml
 from drivers.catalog import CameraOptions
 from pipeline.bundle import MANIFEST
+from pipeline.inspect import Outcome
 from pipeline.plausible import PlausibleLimits
 
 
@@ -33,6 +35,11 @@ def _check_endpoint(endpoint: str) -> str:
     raise ValueError(
         f"{endpoint!r} is not an endpoint; write tcp://127.0.0.1:5550 or ipc:///run/inspectord/line1/verdicts.sock"
     )
+
+
+def _is_loopback(endpoint: str) -> bool:
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+    return endpoint.startswith("ipc://") or host in ("localhost", "[::1]") or host.startswith("127.")
 
 
 def _as_list(value: Any) -> Any:
@@ -64,10 +71,11 @@ class PublishConfig(_Section):
 
     verdicts: Endpoints = ["tcp://127.0.0.1:5550"]
     maps: Endpoints | None = None
+    replay: Endpoints | None = Field(default=None, description="None: replay.sock in the runtime folder")
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
-        endpoints = [*self.verdicts, *(self.maps or [])]
+        endpoints = [*self.verdicts, *(self.maps or []), *(self.replay or [])]
         for endpoint in endpoints:
             if endpoints.count(endpoint) > 1:
                 raise ValueError(f"{endpoint} is given twice; each endpoint serves one socket")
@@ -91,6 +99,60 @@ class PlausibleConfig(_Section):
     def limits(self) -> PlausibleLimits:
         """Hand the limits to the pipeline."""
         return PlausibleLimits(**self.model_dump())
+
+
+class VerdictConfig(_Section):
+    """What is promised of each verdict, and when rejects are suspicious."""
+
+    deadline_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=3_600_000,
+        description="from trigger or grab; None: 5000, or none with on_overload: wait",
+    )
+    alarm_after_rejects: int | None = Field(default=10, ge=1, description="an event after so many in a row")
+
+
+class JournalConfig(_Section):
+    """The SQLite file that gets every verdict before it is published."""
+
+    path: Path | None = Field(default=None, description="None: journal.sqlite in the state folder")
+    keep_days: float = Field(default=400, gt=0)
+    max_mib: int = Field(default=4096, ge=1)
+    wait_ms: float = Field(default=50, ge=0, description="how long a verdict waits for it, deadline permitting")
+
+
+class ImagesConfig(_Section):
+    """Which parts' images are kept beside the journal."""
+
+    path: Path | None = Field(default=None, description="None: images in the state folder")
+    keep: frozenset[Outcome] = frozenset({Outcome.NG, Outcome.INVALID})
+    every_ok: int = Field(default=0, ge=0, description="keep each n-th OK part too; 0: none")
+    format: Literal["png", "jpeg"] = "png"
+    quota_mib: int = Field(default=2048, ge=1)
+    reserve_mib: int = Field(default=1024, ge=0, description="free space on the disk that is left to others")
+
+
+class ControlConfig(_Section):
+    """Where commands are taken."""
+
+    endpoints: Endpoints | None = Field(default=None, description="None: control.sock in the runtime folder")
+
+
+class SecurityConfig(_Section):
+    """Who may connect over TCP."""
+
+    keys: Path | None = Field(default=None, description="folder made by: inspectord keys create NAME")
+    allow_unencrypted: bool = Field(default=False, description="without keys, TCP beyond this machine all the same")
+
+
+class SupervisionConfig(_Section):
+    """When something counts as hung, and how fast the camera should be."""
+
+    hang_s: float = Field(
+        default=15, gt=0, description="a call into the driver or the engine that takes longer hangs"
+    )
+    min_rate_fps: float | None = Field(default=None, gt=0, description="health says rate_ok: false below it")
 
 
 class LogConfig(_Section):
@@ -120,10 +182,33 @@ class StationConfig(_Section):
         default=4, ge=3, le=256, description="frames in the ring, the judged one and its predecessor included"
     )
     state_dir: Path | None = None
+    verdict: VerdictConfig = VerdictConfig()
+    journal: JournalConfig | Literal[False] = JournalConfig()
+    images: ImagesConfig | Literal[False] = ImagesConfig()
+    control: ControlConfig = ControlConfig()
+    security: SecurityConfig = SecurityConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     log: LogConfig = LogConfig()
 
+    def runtime_folder(self) -> Path:
+        """Return the folder of this station's own sockets."""
+        service = os.environ.get("RUNTIME_DIRECTORY")
+        return Path(service.split(":")[0]) if service else self.state_folder()
+
+    def control_endpoints(self) -> list[str]:
+        """Return where commands are taken."""
+        return self.control.endpoints or [f"ipc://{self.runtime_folder().absolute() / 'control.sock'}"]
+
+    def replay_endpoints(self) -> list[str]:
+        """Return where verdicts can be had again."""
+        return self.publish.replay or [f"ipc://{self.runtime_folder().absolute() / 'replay.sock'}"]
+
+    def journal_path(self) -> Path | None:
+        """Return the journal's file; None when there is none."""
+        return None if self.journal is False else self.journal.path or self.state_folder() / "journal.sqlite"
+
     def state_folder(self) -> Path:
-        """Return the folder that keeps this station's sequence number over restarts."""
+        """Return the folder that keeps what must survive restarts."""
         if self.state_dir is not None:
             return self.state_dir / self.station
         service = os.environ.get("STATE_DIRECTORY")
@@ -142,6 +227,35 @@ def load_config(path: Path) -> StationConfig:
     if not isinstance(document.data, dict):
         raise ConfigError(f"{path}:1: expected keys and values (station, camera, model …)")
     try:
-        return StationConfig.model_validate(document.data)
+        config = StationConfig.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError(describe_problems(document, StationConfig, error)) from error
+    contradictions = [
+        f"{path}:{document.line_of(location)}: {'.'.join(location)}: {message}"
+        for location, message in _contradictions(config)
+    ]
+    if contradictions:
+        raise ConfigError("\n".join(contradictions))
+    return config
+
+
+def _contradictions(config: StationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Find keys that are right each by itself and not together."""
+    if config.on_overload == "wait" and config.verdict.deadline_ms is not None:
+        yield ("verdict", "deadline_ms"), "cannot hold with on_overload: wait, which waits for the engine"
+    if config.security.keys is not None or config.security.allow_unencrypted:
+        return
+    publish = config.publish
+    for location, endpoints in (
+        (("publish", "verdicts"), publish.verdicts),
+        (("publish", "maps"), publish.maps),
+        (("publish", "replay"), publish.replay),
+        (("control", "endpoints"), config.control.endpoints),
+    ):
+        for endpoint in endpoints or ():
+            if not _is_loopback(endpoint):
+                yield (
+                    location,
+                    f"{endpoint} is open to the network without keys: use 127.0.0.1, or set security.keys after "
+                    "`inspectord keys create NAME`, or security.allow_unencrypted: true",
+                )

@@ -5,68 +5,139 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import asdict
 
 import structlog
 
-from daemon.channels import Channel, End, Grabbed, Judged, Probe
-from daemon.messages import HealthMessage
+from daemon.channels import Channel, Grabbed, Probe, Swap
+from daemon.events import EventKind, Events
+from daemon.ledger import Entry, JudgedBy, Ledger
 from daemon.ring import FrameRing, Slot
-from pipeline.inspect import Inspector, Outcome
+from daemon.supervision import Call
+from drivers.frame import Image
+from pipeline.inspect import Inspection, Inspector, Outcome, Reason
+
+_ENGINE_ERRORS_IN_A_ROW = 3
+"""So many make the engine be built anew: a device that has lost its context fails for ever."""
+
+Tap = Callable[[Entry, Image, Inspection | None], None]
+"""Looks at a judged frame and copies what it wants to keep; None: it came too late to be judged."""
+
+
+class EngineFailing(Exception):
+    """The engine has failed several times in a row and must be built anew."""
 
 
 class Judging:
-    """Turn numbered frames into judged ones; every frame that comes in goes out, in the same order."""
+    """Judge numbered frames. One object for each generation of the thread."""
 
     def __init__(
         self,
         make_inspector: Callable[[], Inspector],
         ring: FrameRing,
-        frames: Channel[Grabbed | Probe | End],
-        out: Channel[Judged | HealthMessage | Probe | End],
+        frames: Channel[Grabbed | Probe | Swap],
+        ledger: Ledger,
+        *,
+        pass_probe: Callable[[int], None],
+        tap: Tap,
+        events: Events,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._make_inspector = make_inspector
         self._ring = ring
         self._frames = frames
-        self._out = out
+        self._ledger = ledger
+        self._pass_probe = pass_probe
+        self._tap = tap
+        self._events = events
         self._log = log
+        self._previous: Slot | None = None
+        self._errors_in_a_row = 0
+        self.current: Grabbed | None = None
+        """What is being judged."""
+        self.call = Call()
+        """Runs while the thread is inside the engine."""
         self.ready: Future[Inspector] = Future()
         """Done when the engine can judge; holds the exception when it could not be made."""
 
     def run(self) -> None:
-        """Make the engine, then judge until End."""
+        """Make the engine, then judge until the channel is closed."""
         try:
             inspector = self._make_inspector()
+            self._now_judging(inspector)
         except BaseException as error:
             self.ready.set_exception(error)
             raise
         self.ready.set_result(inspector)
-        previous: Slot | None = None
         while True:
             item = self._frames.get()
             if isinstance(item, Grabbed):
-                previous = self._judge(inspector, item, previous)
-                continue
-            self._out.put(item)
-            if isinstance(item, End):
-                return
+                self.current = item
+                self._judge(inspector, item)
+                self.current = None
+            elif isinstance(item, Swap):
+                if item.done.set_running_or_notify_cancel():
+                    inspector = item.inspector
+                    self._now_judging(inspector)
+                    item.done.set_result(None)
+            else:
+                self._pass_probe(item.number)
 
-    def _judge(self, inspector: Inspector, item: Grabbed, previous: Slot | None) -> Slot | None:
+    def held_slots(self) -> list[Slot]:
+        """Return the slots that this generation holds."""
+        held = [self._previous] if self._previous is not None else []
+        return held + ([self.current.slot] if self.current is not None else [])
+
+    def _now_judging(self, inspector: Inspector) -> None:
+        bundle = inspector.bundle
+        roi = bundle.model.preprocess.roi
+        geometry = {**bundle.model.geometry.to_json(), "roi": None if roi is None else asdict(roi)}
+        self._judged_by = JudgedBy(bundle.model_id, bundle.calibration_id, inspector.threshold, geometry)
+        self._ledger.judged_by = self._judged_by
+
+    def _judge(self, inspector: Inspector, item: Grabbed) -> None:
+        entry, image = item.entry, item.entry.frame.image
+        if image is None:
+            raise AssertionError("frames without an image are settled by acquisition")
         began_ns = time.monotonic_ns()
-        inspection = inspector.inspect(item.frame)
-        self._out.put(Judged(item.frame, inspection, began_ns))
+        inspection: Inspection | None = None
+        # One slow frame must not make all that follow late.
+        if not entry.is_late():
+            with self.call.running():
+                inspection = inspector.inspect(entry.frame)
+            if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
+                self._too_late(entry, inspection)
+        self._tap(entry, image, inspection)
+        # One frame later than its verdict: the check for frozen frames still compares with this one.
+        if self._previous is not None:
+            self._ring.give_back(self._previous)
+        self._previous = item.slot
+        if inspection is not None:
+            self._look_at(entry, inspection)
+
+    def _look_at(self, entry: Entry, inspection: Inspection) -> None:
         if inspection.outcome is Outcome.INVALID:
             self._log.warning(
                 "invalid",
-                sequence=item.frame.sequence,
+                sequence=entry.sequence,
                 reason=inspection.reason,
                 detail=inspection.detail,
-                source=item.frame.source,
+                source=entry.frame.source,
                 exc_info=inspection.error,
             )
-        if item.slot is None:
-            return previous
-        # One frame later than its verdict: the check for frozen frames still compares with this one.
-        if previous is not None:
-            self._ring.give_back(previous)
-        return item.slot
+        failed = inspection.reason is Reason.ENGINE and inspection.error is not None
+        self._errors_in_a_row = self._errors_in_a_row + 1 if failed else 0
+        if self._errors_in_a_row >= _ENGINE_ERRORS_IN_A_ROW:
+            self.current = None
+            raise EngineFailing(f"{self._errors_in_a_row} frames in a row: {inspection.detail}")
+
+    def _too_late(self, entry: Entry, inspection: Inspection) -> None:
+        self._events.say(
+            EventKind.LATE,
+            "a result came after its verdict was due",
+            sequence=entry.sequence,
+            verdict=inspection.outcome.value,
+            score=inspection.score,
+            threshold=self._judged_by.threshold,
+            infer_ms=round(inspection.infer_ns / 1e6, 3),
+        )

@@ -15,6 +15,7 @@ from pipeline.scoring import FloatMap
 VERDICT_SCHEMA = "inspectord.verdict/1"
 MAP_SCHEMA = "inspectord.map/1"
 HEALTH_SCHEMA = "inspectord.health/1"
+EVENT_SCHEMA = "inspectord.event/1"
 MAX_EXACT_INTEGER = 2**53
 """Largest integer that every JSON reader holds exactly (IEEE 754 doubles)."""
 
@@ -41,7 +42,7 @@ class FrameMessage(msgspec.Struct, frozen=True):
 
 
 class LatencyMessage(msgspec.Struct, frozen=True):
-    """Microseconds. `grab` … `infer` follow one another; `total` runs from the grab's begin to publication."""
+    """Microseconds. `grab` … `infer` follow one another; `total` ends when journal and sockets get the verdict."""
 
     grab: int
     queue: int
@@ -71,6 +72,7 @@ class VerdictMessage(msgspec.Struct, frozen=True):
     calibration: str
     time: str
     latency_us: LatencyMessage
+    journaled: bool = True
 
 
 class MapMessage(msgspec.Struct, frozen=True):
@@ -87,12 +89,51 @@ class MapMessage(msgspec.Struct, frozen=True):
     threshold: float
 
 
+class EventMessage(msgspec.Struct, frozen=True):
+    """Something that an operator should hear of; `event` is one of `daemon.events.EventKind`."""
+
+    schema: str
+    station: str
+    boot: str
+    time: str
+    event: str
+    level: str
+    message: str
+    sequence: int | None
+    data: dict[str, Any]
+
+
 class CameraHealth(msgspec.Struct, frozen=True):
-    """State of the camera."""
+    """State of the camera: there at all, as fast as expected, and delivering frames that can be judged."""
 
     connected: bool
     source: str | None
     reopened: int
+    error: str | None
+    alive: bool
+    rate_ok: bool | None
+    valid: bool | None
+
+
+class JournalHealth(msgspec.Struct, frozen=True):
+    """State of the journal; microseconds are what a verdict waited for its commit."""
+
+    path: str
+    written: int
+    given_up: int
+    lagging: bool
+    error: str | None
+    commit_p50_us: int | None
+    commit_p99_us: int | None
+
+
+class ImagesHealth(msgspec.Struct, frozen=True):
+    """State of the image store."""
+
+    path: str
+    kept: int
+    dropped: int
+    bytes: int
     error: str | None
 
 
@@ -116,6 +157,10 @@ class HealthMessage(msgspec.Struct, frozen=True):
     device: str | None
     model: str
     calibration: str
+    journal: JournalHealth | None
+    images: ImagesHealth | None
+    events: dict[str, int]
+    restarts: dict[str, int]
 
 
 _encoder = msgspec.json.Encoder()

@@ -1,22 +1,24 @@
-"""The publisher thread: owns the sockets and sends each verdict exactly once."""
+"""The publisher thread: owns the PUB sockets and sends each verdict exactly once, in order and in time."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import structlog
 import zmq
 
-from daemon.channels import Channel, End, Judged, Probe
+from daemon.events import EventKind, Events, Outbox
+from daemon.journal import Journal, Record
+from daemon.keys import Right, Security
+from daemon.ledger import Entry, Ledger
 from daemon.messages import (
     MAP_SCHEMA,
     VERDICT_SCHEMA,
-    HealthMessage,
     LatencyMessage,
     MapMessage,
     VerdictMessage,
@@ -26,155 +28,260 @@ from daemon.messages import (
     region_messages,
     rfc3339,
 )
-from daemon.sequence import SequenceFile
+from daemon.sockets import Context, Socket, bind
 from daemon.tally import Tally
-from pipeline.inspect import Outcome
+from pipeline.inspect import Inspection, Outcome
 
 _VERDICT_HIGH_WATER_MARK = 20_000
 """Messages kept for a subscriber that reads too slowly, before it loses the newest."""
 _MAP_HIGH_WATER_MARK = 4
-_LINGER_MS = 2000
-
-
-class EndpointError(Exception):
-    """An endpoint cannot be bound or connected; the message names it and says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What every message of this run carries."""
-
-    station: str
-    boot: str
-    model: str
-    calibration: str
-    threshold: float
-    geometry: dict[str, Any]
+_RECENT = 4096
+"""Verdicts kept in memory, for replay where the journal could not take them."""
+_LOOK_UP_S = 0.05
+"""How often events and health are sent while no verdict is due."""
 
 
 class Publishing:
-    """Send what the engine judged; PUB sockets never make the sender wait."""
+    """Send what the ledger holds; PUB sockets never make the sender wait."""
 
     def __init__(
         self,
-        identity: Identity,
-        verdict_endpoints: Sequence[str],
-        map_endpoints: Sequence[str],
-        source: Channel[Judged | HealthMessage | Probe | End],
-        sequences: SequenceFile,
+        station: str,
+        boot: str,
+        endpoints: tuple[Sequence[str], Sequence[str]],
+        *,
+        context: Context,
+        security: Security,
+        ledger: Ledger,
+        journal: Journal | None,
         tally: Tally,
+        outbox: Outbox,
+        events: Events,
+        journal_wait_ms: float,
+        alarm_after: Callable[[], int | None],
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
-        self._identity = identity
-        self._verdict_endpoints = verdict_endpoints
-        self._map_endpoints = map_endpoints
-        self._source = source
-        self._sequences = sequences
+        """Prepare; sockets are bound by `run`.
+
+        Args:
+            station: name in topics and messages.
+            boot: id of this start.
+            endpoints: of verdicts, events and health; of maps.
+            context: shared with the thread that authenticates clients.
+            security: keys that sockets ask for.
+            ledger: what is to be published.
+            journal: gets every verdict first; None: no journal.
+            tally: learns how long commits took.
+            outbox: messages other than verdicts.
+            events: told of alarms and unjournaled verdicts.
+            journal_wait_ms: how long a verdict waits for its commit, if its deadline allows.
+            alarm_after: rejects in a row that raise an alarm; None: never.
+            log: for each verdict at level debug.
+        """
+        self._station, self._boot = station, boot
+        self._verdict_endpoints, self._map_endpoints = endpoints
+        self._context = context
+        self._security = security
+        self._ledger = ledger
+        self._journal = journal
         self._tally = tally
+        self._outbox = outbox
+        self._events = events
+        self._journal_wait_ns = int(journal_wait_ms * 1e6)
+        self._alarm_after = alarm_after
         self._log = log
+        self._rebind = threading.Event()
+        self._rejects_in_a_row = 0
+        self._probe = 0
+        self._recent: deque[tuple[int, bytes]] = deque(maxlen=_RECENT)
+        self._recent_lock = threading.Lock()
         self.ready: Future[None] = Future()
         """Done when every endpoint is bound; holds the exception when one could not be."""
         self.probe_seen = 0
         """Number of the last probe that came all the way through."""
+        self.published_before = 0
+        """Last number that an earlier run published."""
+        self.last_outcome: Outcome | None = None
         self.first_grab_ns: int | None = None
         self.last_sent_ns = 0
-        station = identity.station
-        # Topics end with a slash, so that a filter for station1 does not match station10.
-        self._verdict_topic = f"verdict/{station}/".encode()
-        self._map_topic = f"map/{station}/".encode()
-        self._health_topic = f"health/{station}/".encode()
+
+    def pass_probe(self, number: int) -> None:
+        """Take a probe from the engine thread."""
+        self._probe = number
+
+    def recent(self, first: int, last: int) -> list[tuple[int, bytes]]:
+        """Return the latest verdicts of a range, journaled or not."""
+        with self._recent_lock:
+            return [pair for pair in self._recent if first <= pair[0] <= last]
+
+    def rebind(self) -> None:
+        """Close every connection and let the clients come back, so that revoked keys end."""
+        self._rebind.set()
 
     def run(self) -> None:
-        """Bind, then publish until End."""
-        context = zmq.Context()
+        """Bind, then publish until the ledger is over."""
+        while not self._ledger.over:
+            self._rebind.clear()
+            self._run_bound()
+
+    def _run_bound(self) -> None:
+        sockets: list[Socket] = []
         try:
             try:
-                verdicts = _bind(context, self._verdict_endpoints, _VERDICT_HIGH_WATER_MARK)
-                maps = _bind(context, self._map_endpoints, _MAP_HIGH_WATER_MARK)
+                for endpoints, mark in (
+                    (self._verdict_endpoints, _VERDICT_HIGH_WATER_MARK),
+                    (self._map_endpoints, _MAP_HIGH_WATER_MARK),
+                ):
+                    socket = self._context.socket(zmq.PUB)
+                    sockets.append(socket)
+                    socket.setsockopt(zmq.SNDHWM, mark)
+                    bind(socket, endpoints, self._security, Right.SUBSCRIBE)
             except BaseException as error:
-                self.ready.set_exception(error)
+                if not self.ready.done():
+                    self.ready.set_exception(error)
                 raise
-            self.ready.set_result(None)
-            while not isinstance(item := self._source.get(), End):
-                if isinstance(item, Judged):
-                    self._publish(item, verdicts, maps)
-                elif isinstance(item, HealthMessage):
-                    verdicts.send_multipart([self._health_topic, encode(item)])
-                else:
-                    self.probe_seen = item.number
+            if not self.ready.done():
+                self.ready.set_result(None)
+            verdicts, maps = sockets
+            while not (self._ledger.over or self._rebind.is_set()):
+                entry = self._ledger.take(_LOOK_UP_S)
+                if entry is not None:
+                    self._publish(entry, verdicts, maps)
+                self._send_messages(verdicts)
+                self.probe_seen = self._probe
+            self._send_messages(verdicts)
         finally:
-            context.destroy(linger=_LINGER_MS)
+            for socket in sockets:
+                socket.close()  # lingers as `bind` has set
 
-    def _publish(self, item: Judged, verdicts: zmq.Socket[bytes], maps: zmq.Socket[bytes]) -> None:
-        frame, inspection, identity = item.frame, item.inspection, self._identity
-        now_ns = time.monotonic_ns()
-        measured = item.judging_began_ns > 0
-        latency = LatencyMessage(
-            grab=_us(frame.grabbed_ns - frame.arrived_ns) if measured else 0,
-            queue=_us(item.judging_began_ns - frame.grabbed_ns) if measured else 0,
-            preprocess=_us(inspection.preprocess_ns),
-            infer=_us(inspection.infer_ns),
-            total=_us(now_ns - frame.arrived_ns) if measured else 0,
+    def _send_messages(self, verdicts: Socket) -> None:
+        for topic, message in self._outbox.take():
+            verdicts.send_multipart([self._topic(topic), encode(message)])
+
+    def _publish(self, entry: Entry, verdicts: Socket, maps: Socket) -> None:
+        inspection = entry.inspection
+        if inspection is None:
+            raise AssertionError("the ledger hands out settled entries")
+        latency = self._latency(entry, inspection)
+        if entry.body is None:
+            entry.body = self._journaled(entry, inspection, latency)
+        if not entry.sent:  # a predecessor of this thread may have failed after sending
+            verdicts.send_multipart([self._topic("verdict"), entry.body])
+            self._remember(entry)
+            entry.sent = True
+        self.last_sent_ns = time.monotonic_ns()
+        inspected = inspection.outcome is not Outcome.INVALID
+        self._ledger.done(entry, msgspec.structs.astuple(latency) if inspected else None)
+        self.last_outcome = inspection.outcome
+        if self.first_grab_ns is None and entry.frame.grabbed_ns:
+            self.first_grab_ns = entry.frame.arrived_ns
+        self._send_map(entry, inspection, maps)
+        self._watch_for_alarm(entry, inspection)
+        self._log.debug(
+            "verdict", sequence=entry.sequence, verdict=inspection.outcome.value, score=inspection.score
         )
-        verdict = VerdictMessage(
+
+    def _remember(self, entry: Entry) -> None:
+        with self._recent_lock:
+            self._recent.append((entry.sequence, entry.body or b""))
+
+    def _journaled(self, entry: Entry, inspection: Inspection, latency: LatencyMessage) -> bytes:
+        """Return the message, handed to the operating system if that is possible in time."""
+        journal = self._journal
+        if journal is None:
+            return encode(self._message(entry, inspection, latency, journaled=False))
+        record = Record(
+            entry.sequence,
+            entry.frame.wall_ns,
+            self._boot,
+            inspection.outcome.value,
+            None if inspection.reason is None else inspection.reason.value,
+            inspection.score,
+            encode(self._message(entry, inspection, latency, journaled=True)),
+        )
+        began_ns = time.monotonic_ns()
+        journal.submit(record)
+        wait_ns = self._journal_wait_ns
+        if entry.due_ns is not None:
+            wait_ns = min(wait_ns, entry.due_ns + _AFTER_DUE_NS - began_ns)
+        if record.wait(0.0 if journal.lagging else wait_ns / 1e9):
+            self._tally.committed((time.monotonic_ns() - began_ns) // 1000)
+            return record.body
+        if not journal.lagging:
+            journal.lag()
+        record.body = encode(self._message(entry, inspection, latency, journaled=False))
+        return record.body
+
+    def _message(
+        self, entry: Entry, inspection: Inspection, latency: LatencyMessage, *, journaled: bool
+    ) -> VerdictMessage:
+        frame = entry.frame
+        return VerdictMessage(
             schema=VERDICT_SCHEMA,
-            station=identity.station,
-            boot=identity.boot,
-            sequence=frame.sequence,
+            station=self._station,
+            boot=self._boot,
+            sequence=entry.sequence,
             verdict=inspection.outcome.value,
             reason=None if inspection.reason is None else inspection.reason.value,
             score=inspection.score,
-            threshold=identity.threshold,
+            threshold=entry.judged_by.threshold,
             regions=region_messages(inspection),
             source=frame.source,
-            part=None,
-            trigger=None,
+            part=entry.part,
+            trigger=entry.trigger,
             recipe=None,
             frame=frame_message(frame),
-            model=identity.model,
-            calibration=identity.calibration,
+            model=entry.judged_by.model,
+            calibration=entry.judged_by.calibration,
             time=rfc3339(frame.wall_ns),
             latency_us=latency,
+            journaled=journaled,
         )
-        verdicts.send_multipart([self._verdict_topic, encode(verdict)])
-        self._sequences.mark_published(frame.sequence)
-        inspected = inspection.outcome is not Outcome.INVALID
-        self._tally.published(
-            frame.sequence,
-            inspection.outcome,
-            inspection.reason,
-            msgspec.structs.astuple(latency) if inspected else None,
+
+    def _latency(self, entry: Entry, inspection: Inspection) -> LatencyMessage:
+        frame, began_ns = entry.frame, entry.judging_began_ns
+        return LatencyMessage(
+            grab=_us(frame.grabbed_ns - frame.arrived_ns) if frame.grabbed_ns else 0,
+            queue=_us(began_ns - frame.grabbed_ns) if began_ns else 0,
+            preprocess=_us(inspection.preprocess_ns),
+            infer=_us(inspection.infer_ns),
+            total=_us(time.monotonic_ns() - frame.arrived_ns),
         )
-        if inspection.anomaly_map is not None and self._map_endpoints:
-            described = MapMessage(
-                schema=MAP_SCHEMA,
-                station=identity.station,
-                boot=identity.boot,
-                sequence=frame.sequence,
-                dtype="<f4",
-                shape=list(inspection.anomaly_map.shape),
-                geometry=identity.geometry,
-                score=inspection.score,
-                threshold=identity.threshold,
+
+    def _send_map(self, entry: Entry, inspection: Inspection, maps: Socket) -> None:
+        if inspection.anomaly_map is None or not self._map_endpoints:
+            return
+        described = MapMessage(
+            schema=MAP_SCHEMA,
+            station=self._station,
+            boot=self._boot,
+            sequence=entry.sequence,
+            dtype="<f4",
+            shape=list(inspection.anomaly_map.shape),
+            geometry=entry.judged_by.geometry,
+            score=inspection.score,
+            threshold=entry.judged_by.threshold,
+        )
+        maps.send_multipart([self._topic("map"), encode(described), map_bytes(inspection.anomaly_map)])
+
+    def _watch_for_alarm(self, entry: Entry, inspection: Inspection) -> None:
+        self._rejects_in_a_row = 0 if inspection.outcome is Outcome.OK else self._rejects_in_a_row + 1
+        limit = self._alarm_after()
+        if limit is not None and self._rejects_in_a_row and self._rejects_in_a_row % limit == 0:
+            self._events.say(
+                EventKind.ALARM,
+                f"{self._rejects_in_a_row} rejects in a row; look at the lamp and the camera",
+                sequence=entry.sequence,
+                rejects_in_a_row=self._rejects_in_a_row,
             )
-            maps.send_multipart([self._map_topic, encode(described), map_bytes(inspection.anomaly_map)])
-        if self.first_grab_ns is None and measured:
-            self.first_grab_ns = frame.arrived_ns
-        self.last_sent_ns = now_ns
-        self._log.debug("verdict", sequence=frame.sequence, verdict=verdict.verdict, score=inspection.score)
+
+    def _topic(self, kind: str) -> bytes:
+        # Topics end with a slash, so that a filter for station1 does not match station10.
+        return f"{kind}/{self._station}/".encode()
 
 
-def _bind(context: zmq.Context[Any], endpoints: Sequence[str], high_water_mark: int) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = context.socket(zmq.PUB)
-    socket.setsockopt(zmq.SNDHWM, high_water_mark)
-    socket.setsockopt(zmq.LINGER, _LINGER_MS)
-    socket.setsockopt(zmq.IPV6, any("[" in endpoint for endpoint in endpoints))
-    for endpoint in endpoints:
-        try:
-            socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            raise EndpointError(f"cannot bind {endpoint}: {error.strerror}") from error
-    return socket
+_AFTER_DUE_NS = 2_000_000
+"""Part of the margin before the deadline that the journal may use."""
 
 
 def _us(ns: int) -> int:

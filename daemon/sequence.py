@@ -65,6 +65,14 @@ class SequenceFile:
         self.published = sequence
         _NUMBER.pack_into(self._map, _PUBLISHED_AT, sequence)
 
+    def at_least(self, published: int) -> None:
+        """Learn from elsewhere (the journal) which number was the last with a verdict."""
+        if published > self.grabbed:
+            self.grabbed = published
+            _NUMBER.pack_into(self._map, _GRABBED_AT, published)
+        if published > self.published:
+            self.mark_published(published)
+
     def without_verdict(self) -> range:
         """Return the numbers that were given out and have no verdict yet."""
         return range(self.published + 1, self.grabbed + 1)

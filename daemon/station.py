@@ -1,4 +1,4 @@
-"""One station: three threads in a row and their supervisor."""
+"""One station: its threads, and the supervisor that restarts them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,47 @@ import math
 import secrets
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from concurrent.futures import wait
+from dataclasses import replace
+from pathlib import Path
 
 import structlog
+import zmq
 
-from daemon.acquisition import Acquisition
-from daemon.channels import Channel, End, Grabbed, Judged, Probe, Worker
-from daemon.config import StationConfig
+from daemon.acquisition import Acquisition, Line
+from daemon.archive import Archive, Keep
+from daemon.channels import Channel, Grabbed, Probe, Swap
+from daemon.commands import Commands
+from daemon.config import StationConfig, load_config
+from daemon.events import EventKind, Events, Outbox
+from daemon.health import Health
+from daemon.journal import Journal, Retention
 from daemon.judging import Judging
-from daemon.messages import HEALTH_SCHEMA, CameraHealth, HealthMessage, rfc3339
+from daemon.keys import Security
+from daemon.ledger import Ledger
+from daemon.messages import HealthMessage
 from daemon.notify import Notifier
-from daemon.publishing import Identity, Publishing
-from daemon.ring import FrameRing
+from daemon.publishing import Publishing
+from daemon.reload import ReloadRefused, check_changes
+from daemon.ring import FrameRing, Slot
 from daemon.sequence import SequenceFile
+from daemon.serving import Serving
+from daemon.sockets import Context
+from daemon.supervision import Failures, Worker
 from daemon.tally import Summary, Tally, summarise
-from drivers.camera import Camera
+from drivers.camera import Camera, Fires
 from drivers.catalog import make_camera
-from drivers.frame import Frame, FrameStatus
 from pipeline.bundle import Bundle, Model, read_bundle
 from pipeline.engines import EngineChoice, EngineUnavailable, make_engine
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 
 _HEALTH_PERIOD_S = 1.0
-_FRAMES_ON_THE_WAY = 4096
-"""Reports without images that may wait for the engine; beyond that acquisition waits."""
-_JUDGED_ON_THE_WAY = 256
+_DEFAULT_DEADLINE_MS = 5000.0
+_CONTROL_ITEMS = 8
+"""Room in the engine's channel beside its frames, which the ring limits."""
+_OWN_SOCKETS = ("publisher", "server")
 _TEARDOWN_S = 5.0
 _GRABBER_STOPS_S = 5.0
 """How long acquisition may take to end once it was told to."""
@@ -48,33 +63,53 @@ class Station:
         self,
         config: StationConfig,
         *,
-        camera: Camera | None = None,
+        config_path: Path | None = None,
+        camera_for: Callable[[StationConfig], Camera] | None = None,
         engine_for: Callable[[Model], EngineChoice] | None = None,
     ) -> None:
         """Prepare; nothing is opened yet.
 
         Args:
             config: validated.
-            camera: instead of the configured one.
-            engine_for: instead of the configured device's engine.
+            config_path: read again by `reload`; None: nothing to reload.
+            camera_for: makes the camera, instead of the configured driver.
+            engine_for: makes the engine, instead of the configured device's.
 
-        Raises DriverMissing when the configured driver's library is not installed.
+        Raises DriverMissing when the configured driver's library is not installed, and KeysError.
         """
         self._config = config
-        self._camera = camera or make_camera(config.camera)
-        self._engine_for = engine_for or (lambda model: make_engine(model, config.device, config.threads))
+        self._config_path = config_path
+        self._camera_for = camera_for or (lambda settings: make_camera(settings.camera))
+        self._engine_for = engine_for
         self._log = structlog.get_logger().bind(station=config.station)
+        self._camera = self._camera_for(config)
+        self._security = Security(config.security.keys)
         self._notifier = Notifier()
-        self._stop = threading.Event()
-        self._torn = threading.Event()
-        self._began_s = time.monotonic()
-        self._device: str | None = None
+        self._attention = threading.Event()
+        self._reloading = threading.Lock()
+        self._new_camera: Camera | None = None
+        self._restarts: Counter[str] = Counter()
+        self._workers: dict[str, Worker] = {}
+        self._failures: defaultdict[str, Failures] = defaultdict(Failures)
+        self._due: dict[str, tuple[float, Callable[[], None]]] = {}
+        """Workers that are started again, and when."""
+        self._stop_by_s: float | None = None
         self.boot = secrets.token_hex(8)
         self.tally = Tally()
+        self._outbox = Outbox()
+        self.events = Events(config.station, self.boot, self._outbox, self._log)
+        self.stop_wanted = threading.Event()
+        self._reload_wanted = threading.Event()
 
     def stop(self) -> None:
         """Stop grabbing, finish what is in flight, then `run` returns. Safe in a signal handler."""
-        self._stop.set()
+        self.stop_wanted.set()
+        self._attention.set()
+
+    def reload_soon(self) -> None:
+        """Reload, and say in an event how it went. Safe in a signal handler."""
+        self._reload_wanted.set()
+        self._attention.set()
 
     def run(self) -> Summary:
         """Inspect until the end.
@@ -83,181 +118,427 @@ class Station:
         StationFailed when it cannot go on.
         """
         with SequenceFile(self._config.state_folder()) as sequences:
+            context = zmq.Context()
             try:
-                return self._run(sequences)
+                self._security.start(context)
+                return self._run(sequences, context)
             finally:
-                self._torn.set()
+                self._security.stop()
                 self._notifier.close()
+                # A thread that hangs still has its sockets; the end of the process closes them.
+                if not any(worker.is_alive() for name, worker in self._workers.items() if name in _OWN_SOCKETS):
+                    context.term()
 
-    def _run(self, sequences: SequenceFile) -> Summary:
+    def _run(self, sequences: SequenceFile, context: Context) -> Summary:
         config = self._config
-        bundle = read_bundle(config.model)
-        ring = FrameRing(config.slots)
-        frames: Channel[Grabbed | Probe | End] = Channel(_FRAMES_ON_THE_WAY, self._torn)
-        judged: Channel[Judged | HealthMessage | Probe | End] = Channel(_JUDGED_ON_THE_WAY, self._torn)
-        threshold = bundle.threshold if config.threshold is None else config.threshold
-        identity = Identity(
-            config.station,
-            self.boot,
-            bundle.model_id,
-            bundle.calibration_id,
-            threshold,
-            _map_geometry(bundle),
+        self._bundle = read_bundle(config.model)
+        self._ledger = Ledger(sequences, self.tally, self._deadline_ms)
+        self._ring = FrameRing(config.slots)
+        self._line = Line(self._ledger, self._ring, self._engine_channel())
+        self._journal = self._make_journal()
+        self._archive = self._make_archive()
+        self._publishing = self._make_publishing(context)
+        self._health = Health(
+            config, self.boot, self.tally, self._line, self._publishing, self._journal, self._archive, self.events
         )
-        publishing = Publishing(
-            identity,
-            config.publish.verdicts,
-            config.publish.maps or [],
-            judged,
-            sequences,
-            self.tally,
-            self._log,
-        )
-        judging = Judging(lambda: self._make_inspector(bundle), ring, frames, judged, self._log)
-        wait_when_full = config.on_overload == "wait" if config.on_overload is not None else not self._camera.live
-        acquisition = Acquisition(
-            self._camera,
-            sequences,
-            ring,
-            frames,
-            self.tally,
-            wait_when_full=wait_when_full,
-            stop=self._stop,
-            torn=self._torn,
+        commands = Commands(self, self._line, self._archive, self._publishing, self._journal)
+        self._serving = Serving(
+            config.control_endpoints(),
+            config.replay_endpoints(),
+            context=context,
+            security=self._security,
+            controls=commands,
             log=self._log,
         )
-        workers = [
-            Worker("publisher", publishing.run, self._torn),
-            Worker("engine", judging.run, self._torn),
-            Worker("acquisition", acquisition.run, self._torn),
-        ]
-        publisher, engine, grabber = workers
+        try:
+            self._start(sequences)
+            self._supervise()
+        finally:
+            self._tear_down()
+        publishing = self._publishing
+        duration_s = (publishing.last_sent_ns - (publishing.first_grab_ns or publishing.last_sent_ns)) / 1e9
+        return summarise(self.tally, duration_s)
+
+    # Making the parts
+
+    def _deadline_ms(self) -> float | None:
+        if self._waits():
+            return None
+        return self._config.verdict.deadline_ms or _DEFAULT_DEADLINE_MS
+
+    def _waits(self) -> bool:
+        config = self._config
+        if config.on_overload is not None:
+            return config.on_overload == "wait"
+        return not self._camera.live and config.verdict.deadline_ms is None
+
+    def _engine_channel(self) -> Channel[Grabbed | Probe | Swap]:
+        return Channel(self._config.slots + _CONTROL_ITEMS)
+
+    def _make_journal(self) -> Journal | None:
+        settings, path = self._config.journal, self._config.journal_path()
+        if settings is False or path is None:
+            return None
+        retention = Retention(settings.keep_days, settings.max_mib << 20)
+        return Journal(path, self._config.station, retention, self.events)
+
+    def _make_archive(self) -> Archive:
+        settings, state = self._config.images, self._config.state_folder()
+        keep = None
+        if settings is not False:
+            keep = Keep(
+                settings.path or state / "images",
+                settings.keep,
+                settings.every_ok,
+                settings.format,
+                settings.quota_mib << 20,
+                settings.reserve_mib << 20,
+            )
+        return Archive(keep, state / "captures", self._ledger, self.events)
+
+    def _make_publishing(self, context: Context) -> Publishing:
+        config = self._config
+        return Publishing(
+            config.station,
+            self.boot,
+            (config.publish.verdicts, config.publish.maps or []),
+            context=context,
+            security=self._security,
+            ledger=self._ledger,
+            journal=self._journal,
+            tally=self.tally,
+            outbox=self._outbox,
+            events=self.events,
+            journal_wait_ms=0 if config.journal is False else config.journal.wait_ms,
+            alarm_after=lambda: self._config.verdict.alarm_after_rejects,
+            log=self._log,
+        )
+
+    def _make_inspector(self, config: StationConfig, bundle: Bundle) -> Inspector:
+        if self._engine_for is not None:
+            choice = self._engine_for(bundle.model)
+        else:
+            choice = make_engine(bundle.model, config.device, config.threads)
+        self._log.info("engine", device=choice.engine.device, because=choice.because)
+        choice.engine.warm_up()
+        return Inspector(bundle, choice.engine, limits=config.plausible.limits(), threshold=config.threshold)
+
+    # Starting
+
+    def _start(self, sequences: SequenceFile) -> None:
+        config = self._config
+        if self._journal is not None:
+            # The journal knows best what was published: it was written first.
+            sequences.at_least(self._journal.start())
+        self._publishing.published_before = sequences.published
+        self._archive.start()
         # The sockets come first: subscribers that wait for us connect while the networks are loaded.
-        publisher.start()
-        publishing.ready.result()
-        engine.start()
-        self._device = self._engine_device(judging)
-        self._answer_for_earlier_run(sequences, judged)
-        grabber.start()
+        self._begin("publisher", self._publishing.run)
+        self._publishing.ready.result()
+        self._begin("server", self._serving.run)
+        self._serving.ready.result()
+        self._begin_engine()
+        self._health.device = self._engine_device()
+        left = sequences.without_verdict()
+        if left:
+            self._log.warning("numbers of an earlier run without a verdict", first=left[0], last=left[-1])
+        for sequence in left:
+            self._ledger.restore(sequence)
+        self._begin_acquisition(after_hang=False)
         self._notifier.send("READY=1")
         self._log.info(
             "ready",
             boot=self.boot,
-            device=self._device,
-            model=bundle.model_id,
-            calibration=bundle.calibration_id,
-            threshold=threshold,
+            device=self._health.device,
+            model=self._bundle.model_id,
+            calibration=self._bundle.calibration_id,
+            threshold=self._ledger.judged_by.threshold,
+            deadline_ms=self._deadline_ms(),
             verdicts=config.publish.verdicts,
             maps=config.publish.maps,
+            replay=config.replay_endpoints(),
+            control=config.control_endpoints(),
         )
-        self._supervise(workers, acquisition, publishing, frames, judged, identity)
-        duration_s = (publishing.last_sent_ns - (publishing.first_grab_ns or publishing.last_sent_ns)) / 1e9
-        return summarise(self.tally, duration_s)
 
-    def _engine_device(self, judging: Judging) -> str:
+    def _engine_device(self) -> str:
         try:
-            return judging.ready.result().engine.device
+            return self._judging.ready.result().engine.device
         except EngineUnavailable:
             raise
         except Exception as error:
             self._log.error("the engine could not be made", exc_info=error)
             raise StationFailed(f"the engine could not be made: {type(error).__name__}: {error}") from error
 
-    def _make_inspector(self, bundle: Bundle) -> Inspector:
-        choice = self._engine_for(bundle.model)
-        self._log.info("engine", device=choice.engine.device, because=choice.because)
-        choice.engine.warm_up()
-        limits = self._config.plausible.limits()
-        return Inspector(bundle, choice.engine, limits=limits, threshold=self._config.threshold)
+    def _begin(self, name: str, work: Callable[[], None]) -> None:
+        self._workers[name] = Worker(name, work, self._attention)
+        self._workers[name].start()
 
-    def _answer_for_earlier_run(
-        self, sequences: SequenceFile, judged: Channel[Judged | HealthMessage | Probe | End]
-    ) -> None:
-        """Give each number that an earlier run left without a verdict its INVALID/restart."""
-        left = sequences.without_verdict()
-        if left:
-            self._log.warning("numbers of an earlier run without a verdict", first=left[0], last=left[-1])
-        for sequence in left:
-            self.tally.saw()
-            frame = Frame(FrameStatus.LOST, source="", sequence=sequence)
-            judged.put(Judged(frame, Inspection(Outcome.INVALID, Reason.RESTART), 0))
+    def _begin_engine(self) -> None:
+        config, bundle = self._config, self._bundle
+        self._judging = Judging(
+            lambda: self._make_inspector(config, bundle),
+            self._ring,
+            self._line.frames,
+            self._ledger,
+            pass_probe=self._publishing.pass_probe,
+            tap=self._archive.look,
+            events=self.events,
+            log=self._log,
+        )
+        self._begin("engine", self._judging.run)
 
-    def _supervise(
-        self,
-        workers: list[Worker],
-        acquisition: Acquisition,
-        publishing: Publishing,
-        frames: Channel[Grabbed | Probe | End],
-        judged: Channel[Judged | HealthMessage | Probe | End],
-        identity: Identity,
-    ) -> None:
-        publisher, _engine, grabber = workers
-        stop_by_s = math.inf
-        abandoned = False
+    def _begin_acquisition(self, *, after_hang: bool) -> None:
+        self._acquisition = Acquisition(
+            self._camera,
+            self._line,
+            wait_when_full=self._waits(),
+            after_hang=after_hang,
+            events=self.events,
+            next_camera=self._take_new_camera,
+            log=self._log,
+        )
+        self._begin("acquisition", self._acquisition.run)
+
+    def _take_new_camera(self) -> Camera | None:
+        camera, self._new_camera = self._new_camera, None
+        if camera is not None:
+            self._camera = camera
+        return camera
+
+    # Watching
+
+    def _supervise(self) -> None:
         watchdog_s = self._notifier.watchdog_s
-        period_s = _HEALTH_PERIOD_S if watchdog_s is None else min(_HEALTH_PERIOD_S, watchdog_s / 4)
-        health_due_s, probe, last_moved, stopping = 0.0, 0, -1, False
-        while publisher.is_alive() and not self._torn.is_set():
-            publisher.join(period_s)
-            if self._stop.is_set() and not stopping:
-                stopping = True
-                stop_by_s = time.monotonic() + _GRABBER_STOPS_S
-                self._notifier.send("STOPPING=1")
-                self._log.info("stopping")
-            if time.monotonic() > stop_by_s and grabber.is_alive() and not abandoned:
-                # A vendor call hangs. What it has grabbed is still judged and published, without it.
-                abandoned = True
-                self._log.error("acquisition does not end; it is abandoned")
-                frames.put(End())
+        hang_s = self._config.supervision.hang_s
+        period_s = min(_HEALTH_PERIOD_S, hang_s / 4, *([watchdog_s / 4] if watchdog_s else []))
+        health_due_s, watch_due_s, probe, last_moved = 0.0, 0.0, 0, -1
+        while not self._ledger.over or self._workers["publisher"].is_alive():
+            self._attention.wait(self._nap_s(period_s))
+            self._attention.clear()
             now_s = time.monotonic()
+            if self.stop_wanted.is_set():
+                self._stopping(now_s)
+            elif self._reload_wanted.is_set():
+                self._reload_wanted.clear()
+                threading.Thread(target=self._reload_and_say, name="reload", daemon=True).start()
+            for name in [name for name, (due_s, _) in self._due.items() if now_s >= due_s]:
+                self._due.pop(name)[1]()
+            for name, watch in (("acquisition", self._watch_acquisition), ("engine", self._watch_engine)):
+                if name not in self._due:
+                    watch(hang_s)
+            self._watch("publisher", self._publishing.run)
+            self._watch("server", self._serving.run)
             if now_s >= health_due_s:
                 health_due_s = now_s + _HEALTH_PERIOD_S
-                state = "draining" if stopping else "running" if acquisition.state.connected else "no_camera"
-                judged.try_put(self._health(identity, acquisition, state))
-            moved = self.tally.totals().last_sequence
-            # Work that moved, or an idle probe that came all the way through: both prove every thread alive.
-            if moved != last_moved or publishing.probe_seen == probe:
-                self._notifier.send("WATCHDOG=1")
-                last_moved = moved
-                probe += 1
-                acquisition.send_probe(probe)
-        if not stopping:
+                self._outbox.put("health", self.health_message())
+            if now_s >= watch_due_s:
+                watch_due_s = now_s + period_s / 2
+                moved = self.tally.totals().last_sequence
+                # Work that moved, or an idle probe that came all the way through: both prove every thread alive.
+                if moved != last_moved or self._publishing.probe_seen == probe:
+                    self._notifier.send("WATCHDOG=1")
+                    last_moved = moved
+                    probe += 1
+                    self._line.probe_wanted = probe
+
+    def _nap_s(self, period_s: float) -> float:
+        """Return how long nothing needs the supervisor, unless it is woken."""
+        soonest_s = min((due_s for due_s, _ in self._due.values()), default=math.inf)
+        return max(0.0, min(period_s, soonest_s - time.monotonic()))
+
+    def _stopping(self, now_s: float) -> None:
+        if self._stop_by_s is None:
+            self._stop_by_s = now_s + _GRABBER_STOPS_S
             self._notifier.send("STOPPING=1")
+            self._log.info("stopping")
+            self._line.stop.set()
+        grabber = self._workers["acquisition"]
+        if "acquisition" in self._due or (not grabber.is_alive() and grabber.failure is not None):
+            self._due.pop("acquisition", None)
+            self._ledger.end()
+        if now_s > self._stop_by_s and grabber.is_alive():
+            # A vendor call hangs. What it has grabbed is still judged and published, without it.
+            self._log.error("acquisition does not end; it is abandoned")
+            self._abandon_acquisition()
+            self._drain()
+            raise StationFailed("the camera's driver did not return; it was abandoned with its device")
+
+    def _drain(self) -> None:
+        """Let what was grabbed be judged and published."""
+        self._ledger.end()
+        self._workers["publisher"].join(_TEARDOWN_S)
+
+    def _watch(self, name: str, work: Callable[[], None]) -> None:
+        worker = self._workers[name]
+        if name not in self._due and not worker.is_alive() and worker.failure is not None:
+            self._start_later(name, worker.failure, lambda: self._begin(name, work))
+
+    def _watch_acquisition(self, hang_s: float) -> None:
+        grabber = self._workers["acquisition"]
+        if self.stop_wanted.is_set():
+            return
+        if grabber.is_alive():
+            if self._acquisition.call.hangs(hang_s):
+                self._abandon_acquisition()
+                failure = TimeoutError(f"a driver call took longer than {hang_s:g} s")
+                self._start_later("acquisition", failure, lambda: self._grab_anew(after_hang=True))
+            return
+        if grabber.failure is None:
+            return
+        self._abandon_acquisition()
+        if not self._camera.live or self._acquisition.after_hang:
+            self._log.error("acquisition failed", exc_info=grabber.failure)
+            self._drain()
+            raise StationFailed(f"the acquisition thread failed: {grabber.failure}") from grabber.failure
+        self._start_later("acquisition", grabber.failure, lambda: self._grab_anew(after_hang=False))
+
+    def _grab_anew(self, *, after_hang: bool) -> None:
+        self._camera = self._camera_for(self._config)
+        self._begin_acquisition(after_hang=after_hang)
+
+    def _abandon_acquisition(self) -> None:
+        """Take the present generation's right to number; a trigger without a frame gets its verdict."""
+        why = "the camera's driver does not answer"
+        self._ledger.revoke(self._acquisition.ticket, Reason.CAMERA, why)
+        self._line.state = replace(self._line.state, connected=False, error=why)
+
+    def _watch_engine(self, hang_s: float) -> None:
+        engine, judging = self._workers["engine"], self._judging
+        hung = engine.is_alive() and judging.call.hangs(hang_s)
+        if not hung and (engine.is_alive() or engine.failure is None):
+            return
+        failure = engine.failure or TimeoutError(f"an engine call took longer than {hang_s:g} s")
+        old, self._line.frames = self._line.frames, self._engine_channel()
+        lost = Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(failure).__name__}: {failure}")
+        for item in old.close():
+            if isinstance(item, Swap):
+                item.done.cancel()
+            elif isinstance(item, Grabbed):
+                self._ledger.settle(item.entry, lost)
+                self._ring.give_back(item.slot)
+        if judging.current is not None:
+            self._ledger.settle(judging.current.entry, lost)
+        for slot in judging.held_slots():
+            # A hung call may still read or write its slots when it comes back: they are not used again.
+            self._ring.give_back(Slot() if hung else slot)
+        self._start_later("engine", failure, self._begin_engine)
+
+    def _start_later(self, name: str, failure: BaseException, begin: Callable[[], None]) -> None:
+        failures = self._failures[name]
+        pause_s = failures.happened()
+        self._restarts[name] += 1
+        self.events.say(
+            EventKind.WORKER,
+            f"the {name} thread failed and is started again",
+            level="error",
+            exc_info=failure,
+            worker=name,
+            error=f"{type(failure).__name__}: {failure}",
+            pause_s=pause_s,
+        )
+        if failures.too_many:
+            raise StationFailed(f"the {name} thread failed too often: {failure}") from failure
+        self._due[name] = time.monotonic() + pause_s, begin
+
+    def fires(self) -> Fires:
+        """Tell who triggers the camera."""
+        return self._camera.fires
+
+    def health_message(self) -> HealthMessage:
+        """Describe the station now, and check its arithmetic."""
+        totals, open_numbers = self._ledger.audit()
+        if totals.in_flight != open_numbers:
+            self.events.say(
+                EventKind.INVARIANT,
+                "seen = ok + ng + invalid + in_flight does not hold",
+                level="error",
+                in_flight=totals.in_flight,
+                open=open_numbers,
+            )
+        state = "running" if self._line.state.connected else "no_camera"
+        if self._line.stop.is_set():
+            state = "draining"
+        elif self._line.paused.is_set():
+            state = "paused"
+        return self._health.message(totals, state, self._ledger.judged_by, dict(self._restarts))
+
+    # Reloading
+
+    def reload(self) -> dict[str, str]:
+        """Take a new configuration, bundle, calibration and keys between two frames.
+
+        Returns the ids of what judges now. Raises ReloadRefused; then nothing has changed.
+        """
+        if self._config_path is None:
+            raise ReloadRefused("this station was started without a configuration file")
+        if not self._reloading.acquire(blocking=False):
+            raise ReloadRefused("another reload is under way")
+        try:
+            config, bundle, inspector, camera = self._prepare_reload(self._config_path)
+            swap = Swap(inspector)
+            self._line.send(swap)
+            wait([swap.done], self._config.supervision.hang_s)
+            if swap.done.cancel():  # or the engine has failed, and cancelled it
+                raise ReloadRefused("the engine does not take the new model now; try again")
+            self._config, self._bundle = config, bundle
+            self._new_camera = camera
+            if self._security.reload():
+                self._publishing.rebind()
+                self._serving.rebind()
+        finally:
+            self._reloading.release()
+        judged_by = self._ledger.judged_by
+        self.events.say(
+            EventKind.RELOAD,
+            "reloaded",
+            level="info",
+            model=judged_by.model,
+            calibration=judged_by.calibration,
+            threshold=judged_by.threshold,
+        )
+        return {"model": judged_by.model, "calibration": judged_by.calibration}
+
+    def _prepare_reload(self, path: Path) -> tuple[StationConfig, Bundle, Inspector, Camera | None]:
+        try:
+            config = load_config(path).model_copy(update={"state_dir": self._config.state_dir})
+            check_changes(self._config, config)
+            self._security.check()
+            bundle = read_bundle(config.model)
+            inspector = self._make_inspector(config, bundle)
+            camera = self._camera_for(config) if config.camera != self._config.camera else None
+        except ReloadRefused as error:
+            self._refused(error)
+            raise
+        except Exception as error:
+            self._refused(error)
+            raise ReloadRefused(str(error)) from error
+        return config, bundle, inspector, camera
+
+    def _refused(self, error: Exception) -> None:
+        self.events.say(EventKind.RELOAD, "the reload was refused; the old one goes on", error=str(error))
+
+    def _reload_and_say(self) -> None:
+        self._notifier.send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            self.reload()
+        except ReloadRefused:
+            pass  # said in an event
+        finally:
+            self._notifier.send("READY=1")
+
+    # Ending
+
+    def _tear_down(self) -> None:
+        self._notifier.send("STOPPING=1")
+        self._line.stop.set()
+        self._ledger.give_up(Reason.ENGINE, "the daemon is ending")
         deadline_s = time.monotonic() + _TEARDOWN_S
-        for worker in workers:
+        self._line.frames.close()
+        self._serving.end()
+        for worker in self._workers.values():
             worker.join(max(0.0, deadline_s - time.monotonic()))
+        if self._journal is not None:
+            self._journal.close(max(0.1, deadline_s - time.monotonic()))
+        self._archive.close(max(0.1, deadline_s - time.monotonic()))
         if self._notifier.failure:
             self._log.warning("systemd was not told", error=self._notifier.failure)
-        if abandoned:
-            raise StationFailed("the camera's driver did not return; it was abandoned with its device")
-        failed = next((worker for worker in workers if worker.failure is not None), None)
-        if failed is not None:
-            self._log.error("worker failed", worker=failed.name, exc_info=failed.failure)
-            raise StationFailed(f"the {failed.name} thread failed: {failed.failure}") from failed.failure
-
-    def _health(self, identity: Identity, acquisition: Acquisition, state: str) -> HealthMessage:
-        totals = self.tally.totals()
-        return HealthMessage(
-            schema=HEALTH_SCHEMA,
-            station=identity.station,
-            boot=identity.boot,
-            time=rfc3339(time.time_ns()),
-            state=state,
-            uptime_s=round(time.monotonic() - self._began_s, 3),
-            seen=totals.seen,
-            ok=totals.ok,
-            ng=totals.ng,
-            invalid=totals.invalid,
-            in_flight=totals.in_flight,
-            invalid_reasons=totals.reasons,
-            last_sequence=totals.last_sequence,
-            camera=CameraHealth(**asdict(acquisition.state)),
-            device=self._device,
-            model=identity.model,
-            calibration=identity.calibration,
-        )
-
-
-def _map_geometry(bundle: Bundle) -> dict[str, object]:
-    roi = bundle.model.preprocess.roi
-    return {**bundle.model.geometry.to_json(), "roi": None if roi is None else asdict(roi)}

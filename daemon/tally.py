@@ -44,6 +44,8 @@ class Tally:
         self._last_sequence = 0
         self._latency_us = np.zeros((_KEPT, len(STAGES)), np.int64)
         self._measured = 0
+        self._commit_us = np.zeros(_KEPT, np.int64)
+        self._commits = 0
 
     def saw(self, frames: int = 1) -> None:
         """Count frames that were given a number."""
@@ -62,6 +64,17 @@ class Tally:
             if latency_us is not None:
                 self._latency_us[self._measured % _KEPT] = latency_us
                 self._measured += 1
+
+    def committed(self, commit_us: int) -> None:
+        """Note how long a verdict waited for the journal."""
+        with self._lock:
+            self._commit_us[self._commits % _KEPT] = commit_us
+            self._commits += 1
+
+    def commits_us(self) -> NDArray[np.int64]:
+        """Return how long the latest verdicts waited for the journal."""
+        with self._lock:
+            return self._commit_us[: min(self._commits, _KEPT)].copy()
 
     def totals(self) -> Totals:
         """Return the counts, consistent with one another."""
@@ -89,7 +102,7 @@ class Summary:
     duration_s: float
     """From the first grab to the last verdict."""
     percentiles_ms: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
-    """p50, p95, p99 and maximum of each stage, over inspected frames."""
+    """p50, p95, p99 and maximum of each stage over inspected frames, and of `journal`, the wait for a commit."""
 
     def __str__(self) -> str:
         t = self.totals
@@ -109,9 +122,11 @@ class Summary:
 def summarise(tally: Tally, duration_s: float) -> Summary:
     """Sum up a run."""
     latencies = tally.latencies_us() / 1000
+    columns = {stage: latencies[:, index] for index, stage in enumerate(STAGES)}
+    columns["journal"] = tally.commits_us() / 1000
     percentiles = {}
-    if len(latencies):
-        for index, stage in enumerate(STAGES):
-            p50, p95, p99, top = np.percentile(latencies[:, index], (50, 95, 99, 100))
+    for stage, values in columns.items():
+        if len(values):
+            p50, p95, p99, top = np.percentile(values, (50, 95, 99, 100))
             percentiles[stage] = (float(p50), float(p95), float(p99), float(top))
     return Summary(tally.totals(), duration_s, percentiles)

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from daemon.messages import VerdictMessage
-from daemon.publishing import EndpointError
+from daemon.sockets import EndpointError
 
 _SHOWN = 20
 _COLOURS = {"OK": "green", "NG": "bold red", "INVALID": "bold yellow"}

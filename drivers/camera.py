@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -48,11 +49,24 @@ class CameraInfo:
     """None where frames vary in format."""
 
 
+class Fires(Enum):
+    """Who decides when the next frame is exposed."""
+
+    ITSELF = auto()
+    """The camera, its free run or its trigger line."""
+    WHEN_READY = auto()
+    """We do, as soon as the camera is ready (and due, where a rate is set)."""
+    ON_COMMAND = auto()
+    """We do, when somebody asks for it."""
+
+
 class Camera(Protocol):
     """One camera or one simulated source. Used by a single thread; reopened after `close`."""
 
     live: ClassVar[bool]
     """True where frames come on their own time, so that a slow consumer would lose them."""
+    fires: Fires
+    """Other than ITSELF: each `fire` is answered by `grab`, with a frame or the report that none came."""
 
     def open(self) -> CameraInfo:
         """Connect and start acquisition. Raises CameraError or DriverMissing."""
@@ -65,6 +79,17 @@ class Camera(Protocol):
         counter shows that frames were lost before this one. Images stay valid until the next call.
         Raises CameraLost when the camera must be reopened and EndOfStream after the last frame.
         """
+        ...
+
+    def ready(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` until a trigger may be fired; not called where `fires` is ITSELF.
+
+        Raises CameraLost.
+        """
+        ...
+
+    def fire(self) -> None:
+        """Fire one trigger. Raises CameraLost."""
         ...
 
     def close(self) -> None:

@@ -92,6 +92,8 @@ class FrameStatus(StrEnum):
     """A trigger that brought no frame in time."""
     CAMERA = "camera"
     """The camera failed while a trigger was waiting for its frame."""
+    PENDING = "pending"
+    """A trigger that was fired and whose frame has not come yet."""
     OVERLOAD = "overload"
     """The frame came while every slot was taken (`on_overload: invalid`)."""
 

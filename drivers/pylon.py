@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from drivers.camera import CameraError, CameraInfo, CameraLost, DriverMissing, EndOfStream, Options
+from drivers.camera import CameraError, CameraInfo, CameraLost, DriverMissing, EndOfStream, Fires, Options
 from drivers.counter import INVALID_ID, BlockIdCounter
 from drivers.frame import Frame, FrameStatus, PixelFormat
 from drivers.pacing import Pacer
 
 _SILENCE_BEFORE_PROBE_S = 2.0
 _FAILED_GRABS_BEFORE_REOPEN = 10
-_TRIGGER_READY_TIMEOUT_MS = 500
 _BUFFERS = 8
 """Transport buffers that pylon fills while our thread copies; the station's ring is the queue."""
 
@@ -37,7 +37,9 @@ class PylonOptions(Options):
     offset_x: int | None = Field(default=None, ge=0)
     offset_y: int | None = Field(default=None, ge=0)
     rate_fps: float | None = Field(default=None, gt=0, description="the camera's own rate in free run")
-    trigger: Literal["free_run", "software", "hardware"] = "free_run"
+    trigger: Literal["free_run", "software", "command", "hardware"] = Field(
+        default="free_run", description="software: we fire as soon as the camera is ready; command: when asked to"
+    )
     trigger_rate_hz: float | None = Field(
         default=None, gt=0, description="software triggers a second; None: as soon as the camera is ready"
     )
@@ -81,6 +83,7 @@ class PylonCamera:
 
         self._genicam = genicam
         self._options = options
+        self.fires = _FIRES.get(options.trigger, Fires.ITSELF)
         self._pacer = Pacer(options.trigger_rate_hz)
         self._camera: Any = None
         self._source = ""
@@ -93,7 +96,7 @@ class PylonCamera:
         self._held: Any = None
         self._device_class = ""
         self._triggered_ns: int | None = None
-        """When the software trigger was fired whose frame has not come yet."""
+        """When the trigger was fired whose frame has not come yet."""
         self._late_frame_possible = False
 
     def open(self) -> CameraInfo:
@@ -185,7 +188,7 @@ class PylonCamera:
             # A rate limit left over in the camera would make it ignore triggers (and hangs the emulator).
             if camera.GetNodeMap().GetNode("AcquisitionFrameRateEnable") is not None:
                 self._write("trigger", False, "AcquisitionFrameRateEnable")
-            camera.TriggerSource.Value = "Software" if options.trigger == "software" else options.trigger_line
+            camera.TriggerSource.Value = options.trigger_line if options.trigger == "hardware" else "Software"
             if options.trigger == "hardware":
                 camera.TriggerActivation.Value = options.trigger_activation
             camera.TriggerMode.Value = "On"
@@ -229,61 +232,66 @@ class PylonCamera:
         extended = node is not None and self._genicam.IsReadable(node) and node.ToString() == "On"
         return BlockIdCounter.gige_extended() if extended else BlockIdCounter.gige()
 
+    def ready(self, timeout_s: float) -> bool:
+        """Wait until the camera takes a trigger: those sent earlier collapse into one."""
+        self._check_usable()
+        with self._lost():
+            if not self._pacer.wait(timeout_s):
+                return False
+            if self._late_frame_possible:
+                # The frame that was given up may still come and must not pass for the next trigger's.
+                self._camera.StopGrabbing()
+                self._start_grabbing()
+            timeout_ms = max(1, int(timeout_s * 1000))
+            if self._camera.WaitForFrameTriggerReady(timeout_ms, self._pylon.TimeoutHandling_Return):
+                return True
+            if time.monotonic() - self._heard_s > _SILENCE_BEFORE_PROBE_S:
+                self._probe()
+            return False
+
+    def fire(self) -> None:
+        """Fire one software trigger."""
+        with self._lost():
+            self._triggered_ns = time.monotonic_ns()
+            self._camera.ExecuteSoftwareTrigger()
+
     def grab(self, timeout_s: float) -> list[Frame]:
-        """Wait for the next frame; with software triggers, fire one and wait for its frame."""
+        """Wait for the next frame; after `fire`, report the trigger that brought none in time."""
+        self._check_usable()
+        self._release()
+        with self._lost():
+            frames = self._retrieve(self._shortened(timeout_s))
+        if not frames and self._trigger_left_s() <= 0:
+            waited = f"no frame within {self._options.trigger_timeout_ms} ms of the trigger"
+            frames = [self._report(FrameStatus.TIMEOUT, waited)]
+            self._late_frame_possible = True
+        if frames:
+            self._triggered_ns = None
+        self._count += len(frames)
+        return frames
+
+    def _check_usable(self) -> None:
         if self._camera is None or self._lost_because:
             raise CameraLost(self._lost_because or "the camera is not open")
         if self._options.frames is not None and self._count >= self._options.frames:
             raise EndOfStream
-        self._release()
+
+    @contextlib.contextmanager
+    def _lost(self) -> Iterator[None]:
+        """Turn the SDK's exceptions into the loss of the camera."""
         try:
-            software = self._options.trigger == "software"
-            frames = self._trigger_and_grab(timeout_s) if software else self._retrieve(timeout_s)
+            yield
         except self._genicam.GenericException as error:
             raise CameraLost(_first_line(error)) from error
-        self._count += len(frames)
-        return frames
 
-    def _trigger_and_grab(self, timeout_s: float) -> list[Frame]:
-        """Fire one trigger and return its frame, or the report that it brought none.
+    def _trigger_left_s(self) -> float:
+        """Return how long the fired trigger's frame may still take; infinity without one."""
+        if self._triggered_ns is None:
+            return math.inf
+        return self._options.trigger_timeout_ms / 1000 - (time.monotonic_ns() - self._triggered_ns) / 1e9
 
-        Triggers sent before the camera is ready collapse into one, so each waits for its predecessor.
-        """
-        try:
-            if self._triggered_ns is None and not self._fire(timeout_s):
-                return []
-            frames = self._retrieve(timeout_s)
-        except (self._genicam.GenericException, CameraLost) as error:
-            if self._triggered_ns is None:
-                raise
-            # The trigger went out: it gets its report now, the reopening comes with the next grab.
-            self._lost_because = _first_line(error)
-            return [self._report(FrameStatus.CAMERA, self._lost_because)]
-        triggered_ns = self._triggered_ns or 0
-        if frames:
-            frames[-1].arrived_ns = triggered_ns
-        elif time.monotonic_ns() - triggered_ns > self._options.trigger_timeout_ms * 1_000_000:
-            waited = f"no frame within {self._options.trigger_timeout_ms} ms of the trigger"
-            frames = [self._report(FrameStatus.TIMEOUT, waited)]
-            self._late_frame_possible = True
-        else:
-            return []
-        self._triggered_ns = None
-        return frames
-
-    def _fire(self, timeout_s: float) -> bool:
-        if not self._pacer.wait(timeout_s):
-            return False
-        if self._late_frame_possible:
-            # The frame that was given up may still come and must not pass for the next trigger's.
-            self._camera.StopGrabbing()
-            self._start_grabbing()
-        if not self._camera.WaitForFrameTriggerReady(_TRIGGER_READY_TIMEOUT_MS, self._pylon.TimeoutHandling_Return):
-            self._probe()
-            return False
-        self._triggered_ns = time.monotonic_ns()
-        self._camera.ExecuteSoftwareTrigger()
-        return True
+    def _shortened(self, timeout_s: float) -> float:
+        return max(0.0, min(timeout_s, self._trigger_left_s()))
 
     def _start_grabbing(self) -> None:
         """Begin an acquisition; the camera's block ids begin anew with it."""
@@ -359,6 +367,8 @@ class PylonCamera:
             with contextlib.suppress(self._genicam.GenericException):
                 step()
 
+
+_FIRES = {"software": Fires.WHEN_READY, "command": Fires.ON_COMMAND}
 
 _GENICAM_ALIASES = {"BGR8Packed": "BGR8", "RGB8Packed": "RGB8"}
 """Names from before PFNC 1.1, which older cameras and the emulator use."""

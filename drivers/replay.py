@@ -14,7 +14,7 @@ import numpy as np
 from natsort import natsorted, ns
 from pydantic import Field, field_validator
 
-from drivers.camera import CameraError, CameraInfo, EndOfStream, Options
+from drivers.camera import CameraError, CameraInfo, EndOfStream, Fires, Options
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 
@@ -117,6 +117,7 @@ class ReplayCamera:
     """The camera over files; it waits for its reader, so nothing is ever dropped."""
 
     live: ClassVar[bool] = False
+    fires = Fires.ITSELF
 
     def __init__(self, options: ReplayOptions) -> None:
         self._options = options
@@ -160,6 +161,13 @@ class ReplayCamera:
             raise EndOfStream from None
         self._count += 1
         return [frame]
+
+    def ready(self, timeout_s: float) -> bool:
+        """Say that files take no triggers."""
+        return False
+
+    def fire(self) -> None:
+        """Do nothing: files take no triggers."""
 
     def close(self) -> None:
         """Keep the place; files need no closing."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from drivers.bayer import mosaic
-from drivers.camera import CameraInfo, EndOfStream, Options
+from drivers.camera import CameraInfo, CameraLost, EndOfStream, Fires, Options
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 
@@ -22,6 +22,14 @@ DEFECT_KINDS: tuple[DefectKind, ...] = ("scratch", "stain", "missing_hole", "dou
 
 _LIGHT_PERIOD_FRAMES = 400
 """One slow swing of the simulated lamp."""
+
+
+class SyntheticFaults(Options):
+    """How often the simulated camera fails, as shares of the parts: to see what a PLC does about it."""
+
+    incomplete: float = Field(default=0, ge=0, le=1, description="part of the buffer is missing")
+    lost: float = Field(default=0, ge=0, le=1, description="the camera counts a frame that never comes")
+    unplugged: float = Field(default=0, ge=0, le=1, description="the camera is gone, until it is reopened")
 
 
 class SyntheticOptions(Options):
@@ -37,6 +45,10 @@ class SyntheticOptions(Options):
     defect_rate: float = Field(default=0.2, ge=0, le=1)
     defects: tuple[DefectKind, ...] = Field(default=DEFECT_KINDS, min_length=1)
     first_index: int = Field(default=0, ge=0, description="index of the first part")
+    trigger: Literal["free_run", "command"] = Field(
+        default="free_run", description="command: a part comes when somebody asks for it"
+    )
+    faults: SyntheticFaults = SyntheticFaults()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,28 +218,46 @@ class SyntheticCamera:
 
     def __init__(self, options: SyntheticOptions) -> None:
         self._options = options
+        self.fires = Fires.ON_COMMAND if options.trigger == "command" else Fires.ITSELF
         self._renderer = PartRenderer(options)
         self._pacer = Pacer(options.rate_fps)
         self._count = 0
+        self._unplugged_at = -1
 
     def open(self) -> CameraInfo:
         """Start the line where it stopped."""
         o = self._options
         return CameraInfo(f"seed {o.seed}", "simulated line", o.width, o.height, o.pixel_format)
 
+    def ready(self, timeout_s: float) -> bool:
+        """Wait until the next part may come."""
+        self._check_end()
+        return self._pacer.wait(timeout_s)
+
+    def fire(self) -> None:
+        """Do nothing: the part is there when it is grabbed."""
+
     def grab(self, timeout_s: float) -> list[Frame]:
-        """Render the next part when it is due."""
-        if self._options.frames is not None and self._count >= self._options.frames:
-            raise EndOfStream
-        if not self._pacer.wait(timeout_s):
+        """Render the next part when it is due; faults come as often as the options say, the same for a seed."""
+        self._check_end()
+        if self.fires is Fires.ITSELF and not self._pacer.wait(timeout_s):
             return []
         arrived_ns, index = time.monotonic_ns(), self._options.first_index + self._count
-        self._count += 1
         part = self._renderer.render(index)
+        source, faults = f"{part.kind}/{index:06d}", self._options.faults
+        chance = np.random.default_rng([self._options.seed, index, 1]).random(3)
+        if chance[0] < faults.unplugged and self._unplugged_at != index:
+            self._unplugged_at = index  # once for each part
+            raise CameraLost("the simulated camera was unplugged")
+        self._count += 1
+        if chance[1] < faults.lost:
+            return [Frame(FrameStatus.LOST, source, device_id=index, detail="the simulated camera lost a frame")]
+        if chance[2] < faults.incomplete:
+            return [Frame(FrameStatus.INCOMPLETE, source, device_id=index, detail="half a simulated buffer")]
         return [
             Frame(
                 FrameStatus.COMPLETE,
-                source=f"{part.kind}/{index:06d}",
+                source=source,
                 image=part.raw,
                 pixel_format=self._options.pixel_format,
                 device_id=index,
@@ -238,3 +268,7 @@ class SyntheticCamera:
 
     def close(self) -> None:
         """Stop the line; nothing to disconnect."""
+
+    def _check_end(self) -> None:
+        if self._options.frames is not None and self._count >= self._options.frames:
+            raise EndOfStream

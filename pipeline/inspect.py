@@ -39,6 +39,8 @@ class Reason(StrEnum):
     """Black, saturated or frozen."""
     ENGINE = "engine"
     """The engine failed, or a value was not finite."""
+    DEADLINE = "deadline"
+    """No result when the verdict was due."""
     RESTART = "restart"
     """Numbered by an earlier run of the daemon, which ended before it could judge."""
 

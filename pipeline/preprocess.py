@@ -15,7 +15,7 @@ The steps, in this order, the same in training and in every engine:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -105,6 +105,19 @@ def shifted_pattern(pattern: BayerPattern, x: int, y: int) -> BayerPattern:
     if y % 2:
         pattern = _SWAP_ROWS[pattern]
     return pattern
+
+
+def demosaic(raw: Image, pattern: BayerPattern) -> Image:
+    """Interpolate a Bayer mosaic bilinearly.
+
+    Args:
+        raw: (height, width)
+        pattern: colours of the top-left 2×2 pixels, row by row.
+
+    Returns:
+        (height, width, 3), channels R, G, B.
+    """
+    return cast(Image, cv2.demosaicing(raw, _DEMOSAIC[pattern]))
 
 
 def flat_field_gain(
@@ -217,7 +230,7 @@ class Preprocessor:
             raw[ignored] = ignored_value(fmt)
         pixels: NDArray[Any] = raw
         if fmt.bayer:
-            pixels = cv2.demosaicing(raw, _DEMOSAIC[shifted_pattern(fmt.bayer, area.x, area.y)])
+            pixels = demosaic(raw, shifted_pattern(fmt.bayer, area.x, area.y))
         shades = pixels.astype(np.float32)
         shades *= np.float32(1.0 / fmt.max_value)
         small = resize(shades, self.spec.width, self.spec.height)

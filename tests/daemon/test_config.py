@@ -15,7 +15,7 @@ def good(tiny_bundle, good_parts):
         "station": "bench",
         "camera": {"driver": "replay", "path": str(good_parts)},
         "model": str(tiny_bundle),
-        "publish": {"verdicts": "tcp://127.0.0.1:5550", "maps": ["ipc:///tmp/maps.sock", "tcp://*:5551"]},
+        "publish": {"verdicts": "tcp://127.0.0.1:5550", "maps": ["ipc:///tmp/maps.sock", "tcp://127.0.0.1:5551"]},
     }
 
 
@@ -32,8 +32,27 @@ def test_a_good_configuration_with_its_defaults(good, tmp_path):
     path.write_text(yaml.safe_dump(good))
     config = load_config(path)
     assert config.publish.verdicts == ["tcp://127.0.0.1:5550"]
-    assert config.publish.maps == ["ipc:///tmp/maps.sock", "tcp://*:5551"]
+    assert config.publish.maps == ["ipc:///tmp/maps.sock", "tcp://127.0.0.1:5551"]
+    assert config.journal_path() == config.state_folder() / "journal.sqlite"
+    assert config.control_endpoints() == [f"ipc://{config.state_folder() / 'control.sock'}"]
+    assert config.replay_endpoints() == [f"ipc://{config.state_folder() / 'replay.sock'}"]
     assert (config.device, config.slots, config.on_overload, config.threshold) == ("auto", 4, None, None)
+
+
+def test_the_network_is_closed_without_keys_unless_told_otherwise(good, tmp_path):
+    text = "station: s\ncamera: {driver: synthetic}\nmodel: " + good["model"] + "\npublish:\n"
+    text += "  verdicts: [tcp://127.0.0.1:5550, tcp://10.0.0.5:5550]\n  replay: 'tcp://*:5552'\n"
+    lines = complaint(tmp_path, text).splitlines()
+    assert lines[0].startswith("FILE:5: publish.verdicts: tcp://10.0.0.5:5550 is open to the network without keys")
+    assert lines[1].startswith("FILE:6: publish.replay: tcp://*:5552 is open to the network")
+    path = tmp_path / "station.yaml"
+    path.write_text(text + "security: {allow_unencrypted: true}\n")
+    assert load_config(path).security.allow_unencrypted
+
+
+def test_a_deadline_cannot_hold_where_frames_wait(good, tmp_path):
+    said = complaint(tmp_path, {**good, "on_overload": "wait", "verdict": {"deadline_ms": 100}})
+    assert "verdict.deadline_ms: cannot hold with on_overload: wait" in said
 
 
 def test_every_problem_is_reported_at_once_with_its_line(good, tmp_path):
@@ -59,7 +78,7 @@ treshold: 0.5
     )
     assert "model: /no/bundle: no such folder; train a bundle with" in lines[4]
     assert "publish.verdicts.0: 'tcp://127.0.0.1:99999' is not an endpoint; write tcp://" in lines[5]
-    assert "treshold: unknown key; allowed here: camera, device, log" in lines[6]
+    assert "treshold: unknown key; allowed here: camera, control, device, images" in lines[6]
 
 
 @pytest.mark.parametrize(

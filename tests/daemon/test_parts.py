@@ -8,10 +8,11 @@ import threading
 import numpy as np
 import pytest
 
-from daemon.channels import Channel, Torn, Worker
+from daemon.channels import Channel, Closed
 from daemon.messages import MAX_EXACT_INTEGER, frame_message, map_bytes, rfc3339
 from daemon.ring import FrameRing
 from daemon.sequence import SequenceFile, StateError
+from daemon.supervision import Failures, Worker
 from daemon.tally import STAGES, Tally, summarise
 from drivers.frame import Frame, FrameStatus, PixelFormat
 from pipeline.inspect import Outcome, Reason
@@ -38,6 +39,16 @@ def test_numbers_survive_kill_9_and_those_without_a_verdict_are_known(tmp_path):
     with SequenceFile(tmp_path) as numbers:
         assert list(numbers.without_verdict()) == [5, 6, 7]
         assert numbers.next() == 8
+
+
+def test_the_journal_may_know_of_later_verdicts_than_the_file(tmp_path):
+    with SequenceFile(tmp_path) as numbers:
+        numbers.next()
+        numbers.at_least(5)
+        assert list(numbers.without_verdict()) == []
+        assert numbers.next() == 6
+        numbers.at_least(3)
+        assert list(numbers.without_verdict()) == [6]
 
 
 def test_one_station_has_one_daemon(tmp_path):
@@ -79,30 +90,70 @@ def test_slots_are_copied_into_reused_and_limited(rng):
     assert ring.free_slots == 2
 
 
-def test_a_full_channel_makes_its_writer_wait_and_gives_up_when_the_station_is_torn_down():
-    torn = threading.Event()
-    channel = Channel(1, torn)
+def test_a_full_channel_makes_its_writer_wait():
+    channel = Channel(1)
     channel.put(1)
-    assert not channel.try_put(2)
-    torn.set()
-    with pytest.raises(Torn):
-        channel.put(2)
+    writer = threading.Thread(target=channel.put, args=(2,))
+    writer.start()
     assert channel.get() == 1
-    with pytest.raises(Torn):
-        channel.get()
+    writer.join(60)
+    assert channel.get() == 2
 
 
-def test_a_workers_failure_is_kept_and_tells_the_others():
-    torn = threading.Event()
+def test_a_closed_channel_gives_back_what_nobody_took_and_refuses_the_rest():
+    channel = Channel(2)
+    channel.put(1)
+    channel.put(2)
+    refused = []
+
+    def put():
+        try:
+            channel.put(3)  # waits: the channel is full
+        except Closed:
+            refused.append(3)
+
+    writer = threading.Thread(target=put)
+    writer.start()
+    assert channel.close() == [1, 2]
+    writer.join(60)
+    assert refused == [3]
+    for use in (lambda: channel.put(4), channel.get):
+        with pytest.raises(Closed):
+            use()
+    assert channel.close() == []
+
+
+def test_a_workers_failure_is_kept_and_wakes_the_supervisor():
+    attention = threading.Event()
 
     def fail():
         raise RuntimeError("broken")
 
-    worker = Worker("w", fail, torn)
+    worker = Worker("w", fail, attention)
     worker.start()
+    assert attention.wait(60)
     worker.join()
-    assert torn.is_set()
     assert str(worker.failure) == "broken"
+
+
+def test_an_abandoned_generation_ends_without_a_failure():
+    def ended():
+        raise Closed
+
+    worker = Worker("w", ended, threading.Event())
+    worker.start()
+    worker.join(60)
+    assert worker.failure is None
+
+
+def test_pauses_double_from_50_ms_to_5_s_and_too_many_failures_end_it():
+    failures = Failures()
+    pauses = [failures.happened() for _ in range(8)]
+    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
+    assert failures.too_many
+    few = Failures()
+    few.happened()
+    assert not few.too_many
 
 
 # Counts and messages
@@ -119,6 +170,8 @@ def test_seen_is_ok_plus_ng_plus_invalid_plus_in_flight():
     summary = summarise(tally, 2.0)
     assert summary.percentiles_ms["grab"] == pytest.approx((2, 2.9, 2.98, 3))
     assert set(summary.percentiles_ms) == set(STAGES)
+    tally.committed(1500)
+    assert summarise(tally, 2.0).percentiles_ms["journal"] == pytest.approx((1.5, 1.5, 1.5, 1.5))
     assert "5 frames: 1 OK, 1 NG, 1 INVALID (1 lost)" in str(summary)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from daemon.config import PublishConfig, StationConfig
 from daemon.station import Station, StationFailed
-from drivers.camera import CameraInfo
+from drivers.camera import CameraInfo, Fires
 from drivers.replay import list_images
 from drivers.synthetic import SyntheticOptions
 from pipeline.bundle import read_bundle
@@ -37,6 +37,7 @@ REASONS = {
     "format",
     "image",
     "engine",
+    "deadline",
     "restart",
 }
 
@@ -45,7 +46,7 @@ def assert_well_formed(verdict, station="bench"):
     """The documented message, field by field, as a reader in another language would expect it."""
     assert list(verdict) == [
         "schema", "station", "boot", "sequence", "verdict", "reason", "score", "threshold", "regions", "source",
-        "part", "trigger", "recipe", "frame", "model", "calibration", "time", "latency_us",
+        "part", "trigger", "recipe", "frame", "model", "calibration", "time", "latency_us", "journaled",
     ]  # fmt: skip
     assert (verdict["schema"], verdict["station"]) == ("inspectord.verdict/1", station)
     assert len(verdict["boot"]) == 16
@@ -258,6 +259,7 @@ class HungCamera:
     """A camera whose driver call never returns, as after a pulled cable on some hosts."""
 
     live = True
+    fires = Fires.ITSELF
 
     def __init__(self):
         self.grabbing, self.let_go = threading.Event(), threading.Event()
@@ -283,7 +285,7 @@ def test_a_driver_call_that_never_returns_is_abandoned_when_stopping(tiny_bundle
         state_dir=tmp_path,
     )
     camera, failures = HungCamera(), []
-    station = Station(config, camera=camera)
+    station = Station(config, camera_for=lambda _settings: camera)
 
     def run():
         try:

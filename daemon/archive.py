@@ -1,0 +1,241 @@
+"""What is kept of judged frames beside their verdicts: images of rejects, captures, snapshots.
+
+The engine's thread copies an image that is wanted; another thread writes it, under a quota.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from daemon.events import EventKind, Events
+from daemon.images import ImageFormat, Picture, encode_image, write_picture
+from daemon.ledger import Entry, Ledger
+from drivers.frame import Image
+from pipeline.inspect import Inspection, Outcome
+
+_WAITING_BYTES = 256 << 20
+"""Copies that may wait for a slow disk; beyond that images are dropped, which is counted."""
+_VERDICT_WITHIN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which images are kept, and how much room they may take."""
+
+    folder: Path
+    outcomes: frozenset[Outcome]
+    every_ok: int
+    """Keep each n-th OK part too; 0: none."""
+    image_format: ImageFormat
+    quota_bytes: int
+    reserve_bytes: int
+    """Free space on the disk that is left to others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    entry: Entry
+    inspection: Inspection | None
+    image: Image
+    capture_as: Path | None
+    kept: bool
+
+
+@dataclass(slots=True)
+class _Capture:
+    folder: Path
+    wanted: int
+    taken: int = 0
+
+
+class Archive:
+    """Keeps images; inspection never waits for it."""
+
+    def __init__(self, keep: Keep | None, captures: Path, ledger: Ledger, events: Events) -> None:
+        """Prepare.
+
+        Args:
+            keep: which images are kept by themselves; None: none.
+            captures: folder in which captures get theirs.
+            ledger: knows when a verdict was published.
+            events: told when images cannot be kept.
+        """
+        self._keep = keep
+        self._captures = captures
+        self._ledger = ledger
+        self._events = events
+        self._changed = threading.Condition()
+        self._waiting: deque[_Copied] = deque()
+        self._waiting_bytes = 0
+        self._capture: _Capture | None = None
+        self._snapshots: list[Future[tuple[bytes, int]]] = []
+        self._ok_seen = 0
+        self._kept: deque[tuple[list[Path], int]] = deque()
+        self._closing = False
+        self._thread = threading.Thread(target=self._write_until_closed, name="archive", daemon=True)
+        self.kept = 0
+        self.dropped = 0
+        self.bytes = 0
+        self.error: str | None = None
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Write what waits; gives up after `timeout_s`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+            for snapshot in self._snapshots:
+                snapshot.cancel()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def look(self, entry: Entry, image: Image, inspection: Inspection | None) -> None:
+        """Copy an image if anyone wants it; called by the engine's thread for every frame."""
+        outcome = Outcome.INVALID if inspection is None else inspection.outcome
+        with self._changed:
+            snapshots, self._snapshots = self._snapshots, []
+            capture_as = self._capture_as(entry) if outcome is Outcome.OK else None
+            kept = self._is_kept(outcome)
+        for snapshot in snapshots:
+            # Encoded here, rarely, and answered at once.
+            if entry.frame.pixel_format is not None and snapshot.set_running_or_notify_cancel():
+                snapshot.set_result((encode_image(image, entry.frame.pixel_format, "png")[0], entry.sequence))
+        if capture_as is None and not kept:
+            return
+        copied = _Copied(entry, inspection, image.copy(), capture_as, kept)
+        with self._changed:
+            if self._waiting and self._waiting_bytes + image.nbytes > _WAITING_BYTES:
+                self._failed("the disk is too slow for the images")
+                return
+            self._waiting.append(copied)
+            self._waiting_bytes += image.nbytes
+            self._changed.notify()
+
+    def snapshot(self) -> Future[tuple[bytes, int]]:
+        """Ask for the next judged frame, as a PNG file's content with the frame's sequence number."""
+        future: Future[tuple[bytes, int]] = Future()
+        with self._changed:
+            self._snapshots.append(future)
+        return future
+
+    def capture(self, count: int, name: str) -> Path:
+        """Keep the next good frames in a folder of their own. Raises FileExistsError or OSError."""
+        folder = self._captures / name
+        folder.mkdir(parents=True)
+        with self._changed:
+            self._capture = _Capture(folder, count)
+        return folder
+
+    @property
+    def capture_progress(self) -> dict[str, object] | None:
+        """Folder, wanted and taken of the last capture."""
+        capture = self._capture
+        if capture is None:
+            return None
+        return {"folder": str(capture.folder), "wanted": capture.wanted, "taken": capture.taken}
+
+    def _capture_as(self, entry: Entry) -> Path | None:
+        capture = self._capture
+        if capture is None or capture.taken >= capture.wanted:
+            return None
+        capture.taken += 1
+        return capture.folder / f"{entry.sequence:012d}"
+
+    def _is_kept(self, outcome: Outcome) -> bool:
+        keep = self._keep
+        if keep is None:
+            return False
+        if outcome is Outcome.OK and keep.every_ok:
+            self._ok_seen += 1
+            return self._ok_seen % keep.every_ok == 0
+        return outcome in keep.outcomes
+
+    def _write_until_closed(self) -> None:
+        if self._keep is not None:
+            self._find_kept(self._keep.folder)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+                copied = self._waiting.popleft()
+                self._waiting_bytes -= copied.image.nbytes
+            try:
+                self._write(copied)
+            except OSError as error:
+                self._failed(str(error))
+
+    def _write(self, copied: _Copied) -> None:
+        entry, keep = copied.entry, self._keep
+        fmt = entry.frame.pixel_format
+        if fmt is None:
+            raise AssertionError("a judged frame has a pixel format")
+        if copied.capture_as is not None:
+            write_picture(copied.capture_as, Picture(copied.image, fmt, None, None), "png")
+        if not copied.kept or keep is None:
+            return
+        self._ledger.wait_sent(entry, _VERDICT_WITHIN_S)
+        verdict = None if entry.body is None else json.loads(entry.body)
+        outcome = Outcome.INVALID.value if verdict is None else verdict["verdict"]
+        day = datetime.fromtimestamp(entry.frame.wall_ns / 1e9, UTC).strftime("%Y-%m-%d")
+        self._make_room(keep, copied.image.nbytes)
+        anomaly_map = None if copied.inspection is None else copied.inspection.anomaly_map
+        files, size = write_picture(
+            keep.folder / day / f"{entry.sequence:012d}-{outcome}",
+            Picture(copied.image, fmt, anomaly_map, verdict),
+            keep.image_format,
+        )
+        self._kept.append((files, size))
+        self.bytes += size
+        self.kept += 1
+        self._make_room(keep, 0)
+        if self.error is not None:
+            self.error = None
+            self._events.say(EventKind.IMAGES, "images are kept again", level="info", dropped=self.dropped)
+
+    def _find_kept(self, folder: Path) -> None:
+        groups: dict[Path, list[Path]] = {}
+        try:
+            for path in sorted(folder.glob("*/*")):
+                groups.setdefault(path.with_suffix(""), []).append(path)
+            for paths in groups.values():
+                size = sum(path.stat().st_size for path in paths)
+                self._kept.append((paths, size))
+                self.bytes += size
+        except OSError as error:
+            self._failed(str(error))
+
+    def _make_room(self, keep: Keep, bytes_needed: int) -> None:
+        """Delete the oldest images until quota and reserve hold. Raises OSError when that is not enough."""
+        while self._kept and (self.bytes + bytes_needed > keep.quota_bytes or self._free(keep) < bytes_needed):
+            paths, size = self._kept.popleft()
+            for path in paths:
+                path.unlink(missing_ok=True)
+            self.bytes -= size
+            if not any(paths[0].parent.iterdir()):
+                paths[0].parent.rmdir()
+        if self._free(keep) < bytes_needed:
+            raise OSError(f"{keep.folder}: less than {keep.reserve_bytes >> 20} MiB free on the disk")
+
+    def _free(self, keep: Keep) -> int:
+        """Return the free bytes beyond the reserve."""
+        folder = keep.folder
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free - keep.reserve_bytes
+
+    def _failed(self, error: str) -> None:
+        self.dropped += 1
+        if self.error != error:
+            self.error = error
+            self._events.say(EventKind.IMAGES, "an image could not be kept; inspection goes on", error=error)

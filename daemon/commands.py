@@ -1,0 +1,155 @@
+"""What clients of the control and replay sockets may have done."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any, Protocol, assert_never
+
+import msgspec
+
+from daemon.acquisition import Line, Trigger
+from daemon.archive import Archive
+from daemon.events import EventKind, Events
+from daemon.journal import Journal, Query, read_journal
+from daemon.messages import HealthMessage
+from daemon.publishing import Publishing
+from daemon.reload import ReloadRefused
+from daemon.replies import Capture, Command, Pause, Reload, Resume, Snapshot, Status, Stop
+from daemon.replies import Trigger as TriggerCommand
+from daemon.serving import Answer, Refused
+from daemon.tally import Tally
+from drivers.camera import Fires
+
+
+class Controlled(Protocol):
+    """What a station lets its commands do."""
+
+    tally: Tally
+    events: Events
+
+    def health_message(self) -> HealthMessage:
+        """Describe the station now."""
+        ...
+
+    def fires(self) -> Fires:
+        """Tell who triggers the camera."""
+        ...
+
+    def reload(self) -> dict[str, str]:
+        """Take a new configuration. Raises ReloadRefused."""
+        ...
+
+    def stop(self) -> None:
+        """End as SIGTERM does."""
+        ...
+
+
+class Commands:
+    """Carry out what the server thread was asked for."""
+
+    def __init__(
+        self, station: Controlled, line: Line, archive: Archive, publishing: Publishing, journal: Journal | None
+    ) -> None:
+        self._station = station
+        self._line = line
+        self._archive = archive
+        self._publishing = publishing
+        self._journal = journal
+
+    def carry_out(self, command: Command) -> Answer | Future[Answer]:
+        """Do what a command says, at once or later. Raises Refused."""
+        match command:
+            case Status():
+                status = msgspec.to_builtins(self._station.health_message())
+                return Answer({**status, "capture": self._archive.capture_progress})
+            case TriggerCommand():
+                return self._trigger(command)
+            case Pause():
+                self._line.paused.set()
+                self._say("paused")
+                return Answer({"state": "paused"})
+            case Resume():
+                self._line.paused.clear()
+                self._say("resumed")
+                return Answer({"state": "running"})
+            case Reload():
+                return _in_a_thread(self._reload)
+            case Snapshot():
+                return self._snapshot()
+            case Capture():
+                return self._capture(command)
+            case Stop():
+                self._say("stopped")
+                self._station.stop()
+                return Answer({"state": "draining"})
+            case _:
+                assert_never(command)
+
+    def last_published(self) -> int:
+        """Return the last number that was published; 0 before the first."""
+        published = self._station.tally.totals().last_sequence
+        return max(published, self._publishing.published_before)
+
+    def verdicts(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+        """Yield what journal and memory hold of a range, in order. Raises JournalError."""
+        found: dict[int, bytes] = {}
+        if self._journal is not None and self._journal.path.is_file():
+            found.update(read_journal(self._journal.path, Query(first_sequence=first, last_sequence=last)))
+        found.update(self._publishing.recent(first, last))
+        yield from sorted(found.items())
+
+    def _trigger(self, command: TriggerCommand) -> Answer:
+        if self._station.fires() is not Fires.ON_COMMAND:
+            raise Refused("this camera is not triggered by command; set camera.trigger: command")
+        if self._line.paused.is_set() or self._line.stop.is_set():
+            raise Refused("the line is paused or stopping")
+        if not self._line.triggers.ask(Trigger(command.id, command.part, time.monotonic_ns())):
+            raise Refused("too many triggers wait for the camera")
+        return Answer({"trigger": command.id, "part": command.part})
+
+    def _reload(self) -> Answer:
+        try:
+            return Answer(dict(self._station.reload()))
+        except ReloadRefused as error:
+            raise Refused(str(error)) from error
+
+    def _snapshot(self) -> Future[Answer]:
+        answer: Future[Answer] = Future()
+
+        def taken(snapshot: Future[tuple[bytes, int]]) -> None:
+            if snapshot.cancelled():
+                answer.cancel()
+            else:
+                png, sequence = snapshot.result()
+                answer.set_result(Answer({"sequence": sequence, "bytes": len(png)}, png))
+
+        self._archive.snapshot().add_done_callback(taken)
+        return answer
+
+    def _capture(self, command: Capture) -> Answer:
+        try:
+            folder = self._archive.capture(command.count, command.name)
+        except FileExistsError as error:
+            raise Refused(f"there is a capture {command.name!r} already; choose another name") from error
+        except OSError as error:
+            raise Refused(str(error)) from error
+        return Answer({"folder": str(folder), "wanted": command.count})
+
+    def _say(self, what: str) -> None:
+        self._station.events.say(EventKind.CONTROL, f"{what} by command", level="info")
+
+
+def _in_a_thread(work: Any) -> Future[Answer]:
+    answer: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - becomes the reply
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="command", daemon=True).start()
+    return answer

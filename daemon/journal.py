@@ -1,0 +1,330 @@
+"""The journal: every verdict in an SQLite file before anyone sees it, and nobody waits for a slow disk.
+
+One thread writes (WAL mode, one transaction for whatever has gathered), another flushes the write-ahead log to the
+disk and checkpoints it. A commit is with the operating system, so it survives kill -9; a power cut loses at most
+what was committed since the last flush.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from daemon.events import EventKind, Events
+
+FLUSH_PERIOD_S = 0.05
+_RETRY_S = 2.0
+_BATCH = 256
+_WAITING = 10_000
+"""Verdicts that may wait for a journal that stands still; the oldest are given up, and counted."""
+_CHECKPOINT_BYTES = 8 << 20
+_TRIM_PERIOD_S = 1.0
+_TRIM_ROWS = 500
+_APPLICATION_ID = 0x494E5350  # "INSP", in the file's header
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS station (name TEXT NOT NULL, schema INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS verdicts (
+    sequence INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, boot TEXT NOT NULL,
+    verdict TEXT NOT NULL, reason TEXT, score REAL, body BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS verdicts_by_time ON verdicts (time_ns);
+"""
+
+
+class JournalError(Exception):
+    """The journal cannot be read; the message names the file and says why."""
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """One verdict on its way into the journal."""
+
+    sequence: int
+    time_ns: int
+    boot: str
+    verdict: str
+    reason: str | None
+    score: float | None
+    body: bytes
+    """The verdict as published; replaced when it had to go out without waiting."""
+    _settled: threading.Event = field(default_factory=threading.Event)
+    _written: bool = False
+
+    def settle(self, written: bool) -> None:
+        """Say whether it is in the journal."""
+        self._written = written
+        self._settled.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until it is known to be in the journal; False when it is not, or not yet."""
+        return self._settled.wait(max(0.0, timeout_s)) and self._written
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long verdicts are kept."""
+
+    days: float
+    largest_bytes: int
+
+
+class Journal:
+    """Writes verdicts; `submit` never waits, the returned record can be waited for."""
+
+    def __init__(self, path: Path, station: str, retention: Retention, events: Events) -> None:
+        self.path = path
+        self._station = station
+        self._retention = retention
+        self._events = events
+        self._waiting: deque[Record] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._connection: sqlite3.Connection | None = None
+        self._trimmed_s = 0.0
+        self._dirty = threading.Event()
+        self.lagging = False
+        """It could not take a verdict in time and has not caught up: nobody should wait for it."""
+        self.error: str | None = None
+        self.written = 0
+        self.given_up = 0
+        """Verdicts that never came into the journal."""
+        self._writer = threading.Thread(target=self._write_until_closed, name="journal", daemon=True)
+        self._flusher = threading.Thread(target=self._flush_until_closed, name="journal-flush", daemon=True)
+
+    def start(self) -> int:
+        """Begin to write. Returns the last number in the journal; 0 when it is empty or cannot be opened."""
+        try:
+            self._connection = self._open()
+            (last,) = self._connection.execute("SELECT coalesce(max(sequence), 0) FROM verdicts").fetchone()
+        except (sqlite3.Error, OSError) as error:
+            self._failed(error)
+            last = 0
+        self._writer.start()
+        self._flusher.start()
+        return int(last)
+
+    def submit(self, record: Record) -> None:
+        """Hand a verdict over."""
+        with self._changed:
+            if len(self._waiting) >= _WAITING:
+                self._waiting.popleft().settle(False)
+                self.given_up += 1
+            self._waiting.append(record)
+            self._changed.notify()
+
+    def lag(self) -> None:
+        """Note that a verdict went out without having been waited for."""
+        if not self.lagging:
+            self.lagging = True
+            self._events.say(EventKind.JOURNAL, "the journal is too slow; verdicts go out unjournaled")
+
+    def close(self, timeout_s: float) -> None:
+        """Write what waits, flush and close; gives up after `timeout_s`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        deadline_s = time.monotonic() + timeout_s
+        for thread in (self._writer, self._flusher):
+            if thread.is_alive():
+                thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=0.2, isolation_level=None, check_same_thread=False)
+        try:
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if application not in (0, _APPLICATION_ID) or (application == 0 and tables):
+                raise sqlite3.DatabaseError("this is another program's database")
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("PRAGMA wal_autocheckpoint=0")
+            connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+            connection.executescript(_SCHEMA)
+            known = connection.execute("SELECT name FROM station").fetchone()
+            if known is None:
+                connection.execute("INSERT INTO station VALUES (?, 1)", (self._station,))
+            elif known[0] != self._station:
+                raise sqlite3.DatabaseError(f"it belongs to station {known[0]}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _write_until_closed(self) -> None:
+        retry_s = 0.0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing, _TRIM_PERIOD_S)
+                if self._closing and (not self._waiting or self._connection is None):
+                    break
+                batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+            try:
+                if self._connection is None:
+                    if time.monotonic() < retry_s:
+                        self._keep_for_later(batch)
+                        continue
+                    self._connection = self._open()
+                self._write(self._connection, batch)
+                self._trim(self._connection)
+            except (sqlite3.Error, OSError) as error:
+                self._failed(error)
+                retry_s = time.monotonic() + _RETRY_S
+                self._keep_for_later(batch)
+        with self._changed:
+            self.given_up += len(self._waiting)
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):  # the disk may be gone; what is written is written
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._connection.close()
+            self._connection = None
+
+    def _write(self, connection: sqlite3.Connection, batch: list[Record]) -> None:
+        if not batch:
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany(
+            "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [(r.sequence, r.time_ns, r.boot, r.verdict, r.reason, r.score, r.body) for r in batch],
+        )
+        connection.execute("COMMIT")
+        for record in batch:
+            record.settle(True)
+        self.written += len(batch)
+        self._dirty.set()
+        with self._changed:
+            caught_up = not self._waiting
+        if caught_up and (self.lagging or self.error):
+            self.lagging, self.error = False, None
+            self._events.say(EventKind.JOURNAL, "the journal has caught up", level="info", given_up=self.given_up)
+
+    def _keep_for_later(self, batch: list[Record]) -> None:
+        """Answer who waits, and try again when the journal works."""
+        for record in batch:
+            record.settle(False)
+        with self._changed:
+            self._waiting.extendleft(reversed(batch))
+            self._changed.wait_for(lambda: self._closing, FLUSH_PERIOD_S)
+
+    def _failed(self, error: Exception) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(sqlite3.Error):  # it has failed already
+                connection.close()
+        self.lagging = True
+        if self.error != str(error):
+            self.error = str(error)
+            self._events.say(
+                EventKind.JOURNAL,
+                "the journal cannot be written; inspection goes on, verdicts go out unjournaled",
+                level="error",
+                path=str(self.path),
+                error=str(error),
+            )
+
+    def _trim(self, connection: sqlite3.Connection) -> None:
+        """Delete what is too old or too much, a little at a time."""
+        now_s = time.monotonic()
+        if now_s - self._trimmed_s < _TRIM_PERIOD_S:
+            return
+        self._trimmed_s = now_s
+        oldest_ns = time.time_ns() - int(self._retention.days * 86400e9)
+        pages, free, page_bytes = (
+            connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        condition, values = "time_ns < ?", (oldest_ns,)
+        if (pages - free) * page_bytes > self._retention.largest_bytes:
+            condition, values = "?", (1,)
+        deleted = connection.execute(
+            f"DELETE FROM verdicts WHERE sequence IN (SELECT sequence FROM verdicts WHERE {condition} "
+            f"ORDER BY sequence LIMIT {_TRIM_ROWS})",
+            values,
+        ).rowcount
+        if deleted:
+            self._dirty.set()
+            self._trimmed_s = 0.0  # there may be more
+
+    def _flush_until_closed(self) -> None:
+        wal = Path(f"{self.path}-wal")
+        while self._writer.is_alive():
+            if not self._dirty.wait(FLUSH_PERIOD_S):
+                continue
+            began_s = time.monotonic()
+            self._dirty.clear()
+            try:
+                _fsync(wal)
+                if wal.stat().st_size > _CHECKPOINT_BYTES:
+                    self._checkpoint()
+            except FileNotFoundError:
+                continue  # a checkpoint at the end has removed it
+            except (OSError, sqlite3.Error) as error:
+                if self.error is None:
+                    self._failed_to_flush(error)
+            self._writer.join(max(0.0, FLUSH_PERIOD_S - (time.monotonic() - began_s)))
+
+    def _failed_to_flush(self, error: Exception) -> None:
+        self.error = str(error)
+        self._events.say(
+            EventKind.JOURNAL, "the journal cannot be flushed to the disk", level="error", error=str(error)
+        )
+
+    def _checkpoint(self) -> None:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=0.2, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which verdicts of a journal are wanted."""
+
+    first_sequence: int = 0
+    last_sequence: int | None = None
+    since_ns: int | None = None
+    until_ns: int | None = None
+    verdict: str | None = None
+    reason: str | None = None
+    limit: int | None = None
+
+
+def read_journal(path: Path, query: Query) -> Iterator[tuple[int, bytes]]:
+    """Yield (sequence, body) in the order of sequence, also while a daemon writes. Raises JournalError."""
+    if not path.is_file():
+        raise JournalError(f"{path.absolute()}: no journal there")
+    conditions, values = ["sequence >= ?"], [query.first_sequence]
+    named: tuple[tuple[str, int | str | None], ...] = (
+        ("sequence <= ?", query.last_sequence),
+        ("time_ns >= ?", query.since_ns),
+        ("time_ns < ?", query.until_ns),
+        ("verdict = ?", query.verdict),
+        ("reason = ?", query.reason),
+    )
+    for condition, value in named:
+        if value is not None:
+            conditions.append(condition)
+            values.append(value)  # type: ignore[arg-type]
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2)) as db:
+            yield from db.execute(
+                f"SELECT sequence, body FROM verdicts WHERE {' AND '.join(conditions)} "
+                f"ORDER BY sequence LIMIT {-1 if query.limit is None else query.limit}",
+                values,
+            )
+    except sqlite3.Error as error:
+        raise JournalError(f"{path.absolute()}: {error}") from error

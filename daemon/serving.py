@@ -1,0 +1,282 @@
+"""The server thread: owns the ROUTER sockets for control and replay."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+import zmq
+
+from daemon.journal import JournalError
+from daemon.keys import Right, Security
+from daemon.messages import encode
+from daemon.replies import (
+    MAX_REQUEST_BYTES,
+    BadRequest,
+    Command,
+    Replay,
+    ReplayReply,
+    Reply,
+    id_of,
+    read_command,
+    read_replay,
+)
+from daemon.sockets import Context, EndpointError, Socket, bind
+
+_POLL_MS = 50
+_BUSY_POLL_MS = 5
+_PIECE = 256
+"""Verdicts in one message of a replay."""
+_REPLAYS_AT_ONCE = 8
+_ANSWERS_AT_ONCE = 32
+_REQUESTS_A_TURN = 64
+
+
+class Refused(Exception):
+    """A command that cannot be carried out; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command gave."""
+
+    result: dict[str, Any] = field(default_factory=dict)
+    attachment: bytes | None = None
+
+
+class Controls(Protocol):
+    """What the daemon lets its clients do."""
+
+    def carry_out(self, command: Command) -> Answer | Future[Answer]:
+        """Do what a command says, at once or later. Raises Refused."""
+        ...
+
+    def last_published(self) -> int:
+        """Return the last number that was published; 0 before the first."""
+        ...
+
+    def verdicts(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+        """Yield the published verdicts of a range that can still be had. Raises JournalError."""
+        ...
+
+
+@dataclass(slots=True)
+class _Stream:
+    route: list[bytes]
+    id: str
+    next: int
+    last: int | None
+    """Last number wanted; None: up to the present."""
+    unsent: list[bytes] | None = None
+    """A piece that the client has no room for yet."""
+
+
+class Serving:
+    """Answer requests; whatever comes in, the line is not disturbed."""
+
+    def __init__(
+        self,
+        control: Sequence[str],
+        replay: Sequence[str],
+        *,
+        context: Context,
+        security: Security,
+        controls: Controls,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self._endpoints = {Right.CONTROL: control, Right.REPLAY: replay}
+        self._context = context
+        self._security = security
+        self._controls = controls
+        self._log = log
+        self._rebind, self._end = threading.Event(), threading.Event()
+        self._streams: deque[_Stream] = deque()
+        self._awaited: list[tuple[list[bytes], str, Future[Answer]]] = []
+        self.ready: Future[None] = Future()
+        """Done when every endpoint is bound; holds the exception when one could not be."""
+        self.refused = 0
+        """Requests that could not be understood."""
+
+    def rebind(self) -> None:
+        """Close every connection and let the clients come back, so that revoked keys end."""
+        self._rebind.set()
+
+    def end(self) -> None:
+        """Close the sockets and end."""
+        self._end.set()
+
+    def run(self) -> None:
+        """Bind and serve until `end`."""
+        while not self._end.is_set():
+            self._rebind.clear()
+            self._streams.clear()
+            sockets: dict[Right, Socket] = {}
+            try:
+                try:
+                    for right, endpoints in self._endpoints.items():
+                        sockets[right] = self._bound(endpoints, right)
+                except EndpointError as error:
+                    if not self.ready.done():
+                        self.ready.set_exception(error)
+                    raise
+                if not self.ready.done():
+                    self.ready.set_result(None)
+                self._serve(sockets[Right.CONTROL], sockets[Right.REPLAY])
+            finally:
+                for socket in sockets.values():
+                    socket.close()
+
+    def _bound(self, endpoints: Sequence[str], right: Right) -> Socket:
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            bind(socket, endpoints, self._security, right)
+        except EndpointError:
+            socket.close()
+            raise
+        return socket
+
+    def _serve(self, control: Socket, replay: Socket) -> None:
+        poller = zmq.Poller()
+        poller.register(control, zmq.POLLIN)
+        poller.register(replay, zmq.POLLIN)
+        while not (self._end.is_set() or self._rebind.is_set()):
+            poller.poll(_BUSY_POLL_MS if self._streams or self._awaited else _POLL_MS)
+            for message in _received(control):
+                self._command(control, message)
+            for message in _received(replay):
+                self._begin_replay(replay, message)
+            self._send_answers(control)
+            self._send_pieces(replay)
+        self._send_answers(control)
+
+    def _command(self, socket: Socket, message: list[bytes]) -> None:
+        route, body = message[:-1], message[-1]
+        try:
+            command = read_command(body)
+            if len(self._awaited) >= _ANSWERS_AT_ONCE:
+                raise Refused("too many requests wait for their answers; ask again later")
+            answer = self._controls.carry_out(command)
+        except BadRequest as error:
+            self.refused += 1
+            self._reply(socket, route, Reply(id_of(body), ok=False, error=str(error)))
+        except Refused as error:
+            self._reply(socket, route, Reply(id_of(body), ok=False, error=str(error)))
+        else:
+            if isinstance(answer, Future):
+                self._awaited.append((route, command.id, answer))
+            else:
+                self._answer(socket, route, command.id, answer)
+
+    def _send_answers(self, socket: Socket) -> None:
+        awaited, self._awaited = self._awaited, []
+        for route, request_id, future in awaited:
+            if not future.done():
+                self._awaited.append((route, request_id, future))
+                continue
+            error = None if future.cancelled() else future.exception()
+            if future.cancelled():
+                self._reply(socket, route, Reply(request_id, ok=False, error="the daemon is stopping"))
+            elif error is not None:
+                self._reply(socket, route, Reply(request_id, ok=False, error=str(error)))
+            else:
+                self._answer(socket, route, request_id, future.result())
+
+    def _answer(self, socket: Socket, route: list[bytes], request_id: str, answer: Answer) -> None:
+        more = [] if answer.attachment is None else [answer.attachment]
+        self._reply(socket, route, Reply(request_id, ok=True, result=answer.result), *more)
+
+    def _reply(self, socket: Socket, route: list[bytes], reply: msgspec.Struct, *more: bytes) -> bool:
+        """Send; a client that is gone or does not read gets nothing. Returns False when it does not read."""
+        try:
+            socket.send_multipart([*route, encode(reply), *more], flags=zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            self._log.debug("a client was gone before its answer", error=error.strerror)
+        return True
+
+    def _begin_replay(self, socket: Socket, message: list[bytes]) -> None:
+        route, body = message[:-1], message[-1]
+        try:
+            request = read_replay(body)
+        except BadRequest as error:
+            self.refused += 1
+            self._reply(socket, route, Reply(id_of(body), ok=False, error=str(error)))
+            return
+        if len(self._streams) >= _REPLAYS_AT_ONCE:
+            self._reply(
+                socket, route, Reply(request.id, ok=False, error="too many replays at once; ask again later")
+            )
+            return
+        self._streams.append(self._stream(route, request))
+
+    def _stream(self, route: list[bytes], request: Replay) -> _Stream:
+        present = self._controls.last_published()
+        first = request.replay.first
+        if first is None:  # only the last one
+            return _Stream(route, request.id, max(1, present), present)
+        return _Stream(route, request.id, first, request.replay.last)
+
+    def _send_pieces(self, socket: Socket) -> None:
+        for _ in range(len(self._streams)):
+            stream = self._streams.popleft()
+            try:
+                finished = self._send_piece(socket, stream)
+            except JournalError as error:
+                self._reply(socket, stream.route, Reply(stream.id, ok=False, error=str(error)))
+                finished = True
+            except zmq.ZMQError as error:
+                self._log.debug("a client was gone before its replay", error=error.strerror)
+                finished = True
+            if not finished:
+                self._streams.append(stream)
+
+    def _send_piece(self, socket: Socket, stream: _Stream) -> bool:
+        """Send the next piece of a replay; True when it was the last one."""
+        if stream.unsent is None:
+            stream.unsent = self._next_piece(stream)
+        try:
+            socket.send_multipart([*stream.route, *stream.unsent], flags=zmq.DONTWAIT)
+        except zmq.Again:
+            return False  # it reads slowly; the next turn tries again
+        more = msgspec.json.decode(stream.unsent[0], type=ReplayReply).more
+        stream.unsent = None
+        return not more
+
+    def _next_piece(self, stream: _Stream) -> list[bytes]:
+        present = self._controls.last_published()
+        end = present if stream.last is None else min(stream.last, present)
+        last = min(end, stream.next + _PIECE - 1)
+        bodies: list[bytes] = []
+        missing: list[list[int]] = []
+        wanted = stream.next
+        for sequence, body in self._controls.verdicts(stream.next, last):
+            if sequence > wanted:
+                missing.append([wanted, sequence - 1])
+            bodies.append(body)
+            wanted = sequence + 1
+        if wanted <= last:
+            missing.append([wanted, last])
+        stream.next = max(stream.next, last + 1)
+        more = stream.next <= end
+        head = ReplayReply(stream.id, ok=True, verdicts=len(bodies), missing=missing, more=more, next=stream.next)
+        return [encode(head), *bodies]
+
+
+def _received(socket: Socket) -> Iterator[list[bytes]]:
+    """Take what has come, but not so much at once that other clients wait."""
+    for _ in range(_REQUESTS_A_TURN):
+        try:
+            message = socket.recv_multipart(flags=zmq.DONTWAIT)
+        except zmq.Again:
+            return
+        if len(message) >= 2:  # the client's identity, and what it says
+            yield message
