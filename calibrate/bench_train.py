@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from calibrate.teacher import find_teacher
 from calibrate.train import device_of, good_images, resolve_precision
 from calibrate.trainer import WEIGHT_DECAY, Trainer
 from drivers.replay import decode_image, format_of
+from pipeline.machine import describe_machine
 from pipeline.networks import TEACHER_CHANNELS, EfficientAD
 from pipeline.preprocess import Preprocessor
 
@@ -108,13 +108,7 @@ def bench_train(options: TrainOptions, steps: int, on_round: Callable[[int, int]
         on_round(turn + 1, _ROUNDS + 1)
     base = statistics.median(times["reference"])
     return {
-        "machine": {
-            "machine": platform.machine(),
-            "processor": platform.processor(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        },
+        "machine": describe_machine(device.type),
         "results": [
             {
                 "side": name,

@@ -79,25 +79,18 @@ class Archive:
         self._ok_seen = 0
         self._kept: deque[tuple[list[Path], int]] = deque()
         self._closing = False
-        self._thread = threading.Thread(target=self._write_until_closed, name="archive", daemon=True)
         self.kept = 0
         self.dropped = 0
         self.bytes = 0
         self.error: str | None = None
 
-    def start(self) -> None:
-        """Begin to write."""
-        self._thread.start()
-
-    def close(self, timeout_s: float) -> None:
-        """Write what waits; gives up after `timeout_s`."""
+    def close(self) -> None:
+        """Let `write` end once what waits is written."""
         with self._changed:
             self._closing = True
             self._changed.notify()
             for snapshot in self._snapshots:
                 snapshot.cancel()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
 
     def look(self, entry: Entry, image: Image, inspection: Inspection | None) -> None:
         """Copy an image if anyone wants it; called by the engine's thread for every frame."""
@@ -160,8 +153,9 @@ class Archive:
             return self._ok_seen % keep.every_ok == 0
         return outcome in keep.outcomes
 
-    def _write_until_closed(self) -> None:
-        if self._keep is not None:
+    def write(self) -> None:
+        """Write what is wanted until `close`; the work of one thread."""
+        if self._keep is not None and not self._kept:
             self._find_kept(self._keep.folder)
         while True:
             with self._changed:

@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     bench = typer.Typer(help="Compare speeds in one run and print ratios.", no_args_is_help=True)
     bench.command()(train)
+    bench.command()(soak)
     app.add_typer(bench, name="bench")
 
 
@@ -66,6 +67,59 @@ def train(
             f"{side['side']:<14}{side['precision']:<11}{side['steps_per_s']:>9.2f}{side['slowest_steps_per_s']:>9.2f}"
             f"{side['fastest_steps_per_s']:>9.2f}{side['ratio_to_reference']:>8.2f}{side['mean_loss']:>11.4f}"
         )
+
+
+def soak(
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="how long; default 2 where --frames is not given")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="or until so many verdicts")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="bundle; none: a tiny one made on the spot", file_okay=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the order of the faults")] = 0,
+    pause_s: Annotated[float, typer.Option(min=0, help="mean pause between two faults")] = 1.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the results to this file")] = None,
+) -> None:
+    """Run a station on the simulated line, inject every fault there is, and count what a subscriber missed."""
+    from daemon.soak import SoakFailed, SoakLine
+    from daemon.soak import soak as run_soak
+    from pipeline.bundle import write_atomically
+
+    check_json_file(json_file)
+    if minutes is None and frames is None:
+        minutes = 2.0
+    with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        line = SoakLine(Path(folder) / "line", model or _tiny_model(Path(folder)))
+        try:
+            for name, so_far in run_soak(line, minutes, frames, seed, pause_s):
+                took_ms = so_far.recovery_ms[name][-1]
+                typer.echo(f"{so_far.last_sequence:>9}  {name:<26} judged again after {took_ms:8.0f} ms")
+        except SoakFailed:
+            typer.echo((line.folder / "daemon.log").read_text()[-4000:], err=True)
+            raise
+        finally:
+            line.close()
+        found = line.result.to_json()
+        if json_file is not None:
+            write_atomically(json_file, (json.dumps(found, indent=2) + "\n").encode())
+    typer.echo(str(line.result))
+
+
+def _tiny_model(folder: Path) -> Path:
+    """Train a bundle for a few steps: quick to run, good for nothing else."""
+    from calibrate.options import TrainOptions
+    from calibrate.train import train as train_bundle
+    from pipeline.geometry import Geometry
+    from pipeline.preprocess import PreprocessSpec
+
+    good, model = folder / "good", folder / "model"
+    good.mkdir()
+    options = TrainOptions(
+        dataset=_draw_parts(good), out=model, geometry=Geometry(64, 64), preprocess=PreprocessSpec(64, 64), steps=4
+    )
+    train_bundle(options)
+    return model
 
 
 def _draw_parts(folder: Path) -> Path:

@@ -30,6 +30,7 @@ def clear_errors() -> Iterator[None]:
     from daemon.journal import JournalError
     from daemon.keys import KeysError
     from daemon.sequence import StateError
+    from daemon.soak import SoakFailed
     from daemon.sockets import EndpointError
     from daemon.station import StationFailed
     from daemon.yaml_errors import ConfigError
@@ -63,6 +64,7 @@ def clear_errors() -> Iterator[None]:
         EndpointError,
         FetchFailed,
         RequestFailed,
+        SoakFailed,
         StateError,
         StationFailed,
         OSError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from calibrate.options import TrainOptions
 from calibrate.train import train
 from daemon.messages import MapMessage, VerdictMessage
 from daemon.picture import PictureRow, save_picture
+from daemon.ports import free_ports
 from daemon.progress import ConsoleListener
 from daemon.watch import verdict_line
 from drivers.synthetic import PartRenderer, SyntheticOptions
@@ -89,7 +89,7 @@ def _photograph_good_parts(folder: Path) -> None:
 
 
 def _write_config(folder: Path, model: Path, parts: int) -> Path:
-    verdict_port, map_port = _free_ports(2)
+    verdict_port, map_port = free_ports(2)
     config = {
         "station": "demo",
         "camera": {
@@ -110,14 +110,6 @@ def _write_config(folder: Path, model: Path, parts: int) -> Path:
     path = folder / "station.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _run_and_watch(folder: Path, config: Path, parts: int) -> _Received:

@@ -24,7 +24,8 @@ _RETRY_S = 2.0
 _BATCH = 256
 _WAITING = 10_000
 """Verdicts that may wait for a journal that stands still; the oldest are given up, and counted."""
-_CHECKPOINT_BYTES = 8 << 20
+_CHECKPOINT_BYTES, _LARGEST_LOG_BYTES = 8 << 20, 64 << 20
+"""The write-ahead log is checkpointed beside the writer; if that never catches up with it, by the writer."""
 _TRIM_PERIOD_S = 1.0
 _TRIM_ROWS = 500
 _APPLICATION_ID = 0x494E5350  # "INSP", in the file's header
@@ -80,6 +81,7 @@ class Journal:
 
     def __init__(self, path: Path, station: str, retention: Retention, events: Events) -> None:
         self.path = path
+        self._log = path.with_name(f"{path.name}-wal")
         self._station = station
         self._retention = retention
         self._events = events
@@ -95,19 +97,16 @@ class Journal:
         self.written = 0
         self.given_up = 0
         """Verdicts that never came into the journal."""
-        self._writer = threading.Thread(target=self._write_until_closed, name="journal", daemon=True)
-        self._flusher = threading.Thread(target=self._flush_until_closed, name="journal-flush", daemon=True)
+        self._written_all = threading.Event()
 
-    def start(self) -> int:
-        """Begin to write. Returns the last number in the journal; 0 when it is empty or cannot be opened."""
+    def open(self) -> int:
+        """Open the file. Returns the last number in it; 0 when it is empty or cannot be opened."""
         try:
             self._connection = self._open()
             (last,) = self._connection.execute("SELECT coalesce(max(sequence), 0) FROM verdicts").fetchone()
         except (sqlite3.Error, OSError) as error:
             self._failed(error)
-            last = 0
-        self._writer.start()
-        self._flusher.start()
+            return 0
         return int(last)
 
     def submit(self, record: Record) -> None:
@@ -125,15 +124,11 @@ class Journal:
             self.lagging = True
             self._events.say(EventKind.JOURNAL, "the journal is too slow; verdicts go out unjournaled")
 
-    def close(self, timeout_s: float) -> None:
-        """Write what waits, flush and close; gives up after `timeout_s`."""
+    def close(self) -> None:
+        """Let `write` end once what waits is written, and `flush` after it."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        deadline_s = time.monotonic() + timeout_s
-        for thread in (self._writer, self._flusher):
-            if thread.is_alive():
-                thread.join(max(0.0, deadline_s - time.monotonic()))
+            self._changed.notify_all()
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +153,8 @@ class Journal:
             raise
         return connection
 
-    def _write_until_closed(self) -> None:
+    def write(self) -> None:
+        """Write what is submitted until `close`; the work of one thread."""
         retry_s = 0.0
         while True:
             with self._changed:
@@ -174,10 +170,15 @@ class Journal:
                     self._connection = self._open()
                 self._write(self._connection, batch)
                 self._trim(self._connection)
+                if self._log_bytes() > _LARGEST_LOG_BYTES:
+                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except (sqlite3.Error, OSError) as error:
                 self._failed(error)
                 retry_s = time.monotonic() + _RETRY_S
                 self._keep_for_later(batch)
+            except BaseException:
+                self._keep_for_later(batch)  # for this thread's successor
+                raise
         with self._changed:
             self.given_up += len(self._waiting)
         if self._connection is not None:
@@ -185,6 +186,7 @@ class Journal:
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._connection.close()
             self._connection = None
+        self._written_all.set()
 
     def _write(self, connection: sqlite3.Connection, batch: list[Record]) -> None:
         if not batch:
@@ -252,29 +254,32 @@ class Journal:
             self._dirty.set()
             self._trimmed_s = 0.0  # there may be more
 
-    def _flush_until_closed(self) -> None:
-        wal = Path(f"{self.path}-wal")
-        while self._writer.is_alive():
+    def flush(self) -> None:
+        """Flush to the disk what was written, every 50 ms, and checkpoint; the work of another thread."""
+        while not self._written_all.is_set():
             if not self._dirty.wait(FLUSH_PERIOD_S):
                 continue
             began_s = time.monotonic()
             self._dirty.clear()
             try:
-                _fsync(wal)
-                if wal.stat().st_size > _CHECKPOINT_BYTES:
+                _fsync(self._log)
+                if self._log_bytes() > _CHECKPOINT_BYTES:
                     self._checkpoint()
             except FileNotFoundError:
                 continue  # a checkpoint at the end has removed it
             except (OSError, sqlite3.Error) as error:
                 if self.error is None:
                     self._failed_to_flush(error)
-            self._writer.join(max(0.0, FLUSH_PERIOD_S - (time.monotonic() - began_s)))
+            self._written_all.wait(max(0.0, FLUSH_PERIOD_S - (time.monotonic() - began_s)))
 
     def _failed_to_flush(self, error: Exception) -> None:
         self.error = str(error)
         self._events.say(
             EventKind.JOURNAL, "the journal cannot be flushed to the disk", level="error", error=str(error)
         )
+
+    def _log_bytes(self) -> int:
+        return self._log.stat().st_size if self._log.exists() else 0
 
     def _checkpoint(self) -> None:
         with contextlib.closing(sqlite3.connect(self.path, timeout=0.2, isolation_level=None)) as connection:

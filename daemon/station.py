@@ -90,6 +90,7 @@ class Station:
         self._new_camera: Camera | None = None
         self._restarts: Counter[str] = Counter()
         self._workers: dict[str, Worker] = {}
+        self._simple_workers: dict[str, Callable[[], None]] = {}
         self._failures: defaultdict[str, Failures] = defaultdict(Failures)
         self._due: dict[str, tuple[float, Callable[[], None]]] = {}
         """Workers that are started again, and when."""
@@ -229,13 +230,15 @@ class Station:
         config = self._config
         if self._journal is not None:
             # The journal knows best what was published: it was written first.
-            sequences.at_least(self._journal.start())
+            sequences.at_least(self._journal.open())
+            self._begin_simple("journal", self._journal.write)
+            self._begin_simple("flusher", self._journal.flush)
         self._publishing.published_before = sequences.published
-        self._archive.start()
+        self._begin_simple("archive", self._archive.write)
         # The sockets come first: subscribers that wait for us connect while the networks are loaded.
-        self._begin("publisher", self._publishing.run)
+        self._begin_simple("publisher", self._publishing.run)
         self._publishing.ready.result()
-        self._begin("server", self._serving.run)
+        self._begin_simple("server", self._serving.run)
         self._serving.ready.result()
         self._begin_engine()
         self._health.device = self._engine_device()
@@ -272,6 +275,11 @@ class Station:
     def _begin(self, name: str, work: Callable[[], None]) -> None:
         self._workers[name] = Worker(name, work, self._attention)
         self._workers[name].start()
+
+    def _begin_simple(self, name: str, work: Callable[[], None]) -> None:
+        """Begin a thread that can be started again as it is."""
+        self._simple_workers[name] = work
+        self._begin(name, work)
 
     def _begin_engine(self) -> None:
         config, bundle = self._config, self._bundle
@@ -326,8 +334,8 @@ class Station:
             for name, watch in (("acquisition", self._watch_acquisition), ("engine", self._watch_engine)):
                 if name not in self._due:
                     watch(hang_s)
-            self._watch("publisher", self._publishing.run)
-            self._watch("server", self._serving.run)
+            for name, work in self._simple_workers.items():
+                self._watch(name, work)
             if now_s >= health_due_s:
                 health_due_s = now_s + _HEALTH_PERIOD_S
                 self._outbox.put("health", self.health_message())
@@ -535,10 +543,12 @@ class Station:
         deadline_s = time.monotonic() + _TEARDOWN_S
         self._line.frames.close()
         self._serving.end()
+        if "publisher" in self._workers:  # it still hands verdicts to the journal
+            self._workers["publisher"].join(_TEARDOWN_S)
+        self._archive.close()
+        if self._journal is not None:
+            self._journal.close()
         for worker in self._workers.values():
             worker.join(max(0.0, deadline_s - time.monotonic()))
-        if self._journal is not None:
-            self._journal.close(max(0.1, deadline_s - time.monotonic()))
-        self._archive.close(max(0.1, deadline_s - time.monotonic()))
         if self._notifier.failure:
             self._log.warning("systemd was not told", error=self._notifier.failure)

@@ -1,0 +1,157 @@
+"""A station whose camera and engine fail when they are told to: for `inspectord bench soak` and the tests.
+
+`python -m daemon.faults -c FILE FOLDER` runs the station of FILE. A file in FOLDER with a fault's name makes it
+happen once, and disappears as it does.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from daemon.cli_errors import clear_errors
+from daemon.cli_options import ConfigOption
+from drivers.camera import Camera, CameraInfo, CameraLost, Fires
+from drivers.frame import Frame, Image, PixelFormat
+from pipeline.bundle import Model
+from pipeline.engine import Engine, RawMaps
+from pipeline.engines import EngineChoice, make_engine
+
+
+class Fault(StrEnum):
+    """What can be made to fail from outside."""
+
+    ENGINE_ERROR = "engine_error"
+    """The engine raises."""
+    ENGINE_HANG = "engine_hang"
+    """The engine does not return for longer than `supervision.hang_s`."""
+    CAMERA_LOST = "camera_lost"
+    """The driver says that the camera is gone."""
+    CAMERA_HANG = "camera_hang"
+    """The driver does not return for longer than `supervision.hang_s`."""
+    CAMERA_BROKEN = "camera_broken"
+    """The driver raises what it should not."""
+
+
+class Faults:
+    """The folder through which faults are ordered."""
+
+    def __init__(self, folder: Path, hang_s: float) -> None:
+        self.folder = folder
+        self._hang_s = hang_s
+
+    def order(self, fault: Fault) -> None:
+        """Make a fault happen at the next opportunity."""
+        (self.folder / fault.value).touch()
+
+    @property
+    def waiting(self) -> bool:
+        """Tell whether an order was not carried out yet."""
+        return any((self.folder / fault.value).exists() for fault in Fault)
+
+    def happens(self, fault: Fault) -> bool:
+        """Tell whether a fault was ordered, and take the order."""
+        try:
+            (self.folder / fault.value).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def hang(self) -> None:
+        """Sleep like a vendor's call that comes back long after everyone has given it up."""
+        time.sleep(2 * self._hang_s)
+
+
+class FaultyEngine:
+    """A real engine that raises or hangs when ordered to."""
+
+    def __init__(self, engine: Engine, faults: Faults) -> None:
+        self._engine, self._faults = engine, faults
+        self.device = engine.device
+
+    def warm_up(self) -> None:
+        """Warm the real engine up."""
+        self._engine.warm_up()
+
+    def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
+        """Fail as ordered, else do what the real engine does."""
+        if self._faults.happens(Fault.ENGINE_HANG):
+            self._faults.hang()
+        if self._faults.happens(Fault.ENGINE_ERROR):
+            raise RuntimeError("ordered: an illegal memory access was encountered")
+        return self._engine.raw_maps(image, fmt)
+
+
+class FaultyCamera:
+    """A real camera whose driver fails when ordered to."""
+
+    live: ClassVar[bool] = True
+
+    def __init__(self, camera: Camera, faults: Faults) -> None:
+        self._camera, self._faults = camera, faults
+        self.fires: Fires = camera.fires
+
+    def open(self) -> CameraInfo:
+        """Open the real camera."""
+        return self._camera.open()
+
+    def ready(self, timeout_s: float) -> bool:
+        """Ask the real camera."""
+        return self._camera.ready(timeout_s)
+
+    def fire(self) -> None:
+        """Fire the real camera."""
+        self._camera.fire()
+
+    def grab(self, timeout_s: float) -> list[Frame]:
+        """Fail as ordered, else grab."""
+        if self._faults.happens(Fault.CAMERA_HANG):
+            self._faults.hang()
+        if self._faults.happens(Fault.CAMERA_LOST):
+            raise CameraLost("ordered: the cable was pulled")
+        if self._faults.happens(Fault.CAMERA_BROKEN):
+            raise RuntimeError("ordered: a fault in the driver")
+        return self._camera.grab(timeout_s)
+
+    def close(self) -> None:
+        """Close the real camera."""
+        self._camera.close()
+
+
+def run_faulty(
+    config: ConfigOption, folder: Annotated[Path, typer.Argument(help="where faults are ordered")]
+) -> None:
+    """Run a station that fails when it is told to."""
+    from daemon.config import load_config
+    from daemon.log import configure_logging
+    from daemon.station import Station
+    from drivers.catalog import make_camera
+
+    configure_logging()
+    with clear_errors():
+        settings = load_config(config)
+        faults = Faults(folder, settings.supervision.hang_s)
+
+        def engine_for(model: Model) -> EngineChoice:
+            choice = make_engine(model, settings.device, settings.threads)
+            return EngineChoice(FaultyEngine(choice.engine, faults), choice.because)
+
+        station = Station(
+            settings,
+            config_path=config,
+            camera_for=lambda now: FaultyCamera(make_camera(now.camera), faults),
+            engine_for=engine_for,
+        )
+        signal.signal(signal.SIGTERM, lambda _number, _frame: station.stop())
+        signal.signal(signal.SIGHUP, lambda _number, _frame: station.reload_soon())
+        summary = station.run()
+    typer.echo(summary)
+
+
+if __name__ == "__main__":
+    typer.run(run_faulty)

@@ -1,0 +1,365 @@
+"""`inspectord bench soak`: a station under faults for as long as one likes, and the proof that nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+import zmq
+
+from daemon.client import Control, RequestFailed, Subscription, Verdict
+from daemon.faults import Fault, Faults
+from daemon.ports import free_ports
+from pipeline.machine import describe_machine
+
+_HANG_S = 1.0
+_DEADLINE_MS = 400.0
+_RATE_FPS = 25.0
+_RECOVERED_WITHIN_S = 60.0
+_STARTS_WITHIN_S = 120.0
+_DISK_FULL_S = 0.5
+_SLOW_DISK_S = 0.5
+_ON_THE_WAY_S = 0.1
+_STATION = "soak"
+_SMALL_FILE_BYTES = 4096
+"""RLIMIT_FSIZE of the daemon while its disk is full: writes beyond it fail with EFBIG."""
+
+
+class SoakFailed(Exception):
+    """A promise was broken, or the station did not come back; the message says which."""
+
+
+@dataclass
+class SoakResult:
+    """What was injected and what came of it."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    recovery_ms: dict[str, list[float]] = field(default_factory=dict)
+    """From the order of a fault to the next verdict that is OK or NG."""
+    verdicts: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    last_sequence: int = 0
+    lost: int = 0
+    double: int = 0
+    unjournaled: int = 0
+    late: int = 0
+    """Verdicts that went out after their deadline, by their own `latency_us.total`: the process stood still."""
+    boots: set[str] = field(default_factory=set)
+    duration_s: float = 0.0
+    rss_mib: list[float] = field(default_factory=list)
+    """Resident memory of the last process after each fault."""
+    descriptors: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `{"machine": …, "results": […]}`, as every bench does."""
+        rows = [
+            {
+                "fault": name,
+                "injected": count,
+                "median_recovery_ms": round(statistics.median(self.recovery_ms[name])),
+            }
+            for name, count in sorted(self.faults.items())
+        ]
+        totals = {
+            "duration_s": round(self.duration_s, 1),
+            "verdicts": self.last_sequence,
+            "lost": self.lost,
+            "double": self.double,
+            "outcomes": dict(self.verdicts),
+            "reasons": dict(self.reasons),
+            "unjournaled": self.unjournaled,
+            "late": self.late,
+            "boots": len(self.boots),
+            "rss_mib": [round(value, 1) for value in self.rss_mib[:1] + self.rss_mib[-1:]],
+            "descriptors": self.descriptors[:1] + self.descriptors[-1:],
+            "threads": self.threads[:1] + self.threads[-1:],
+        }
+        return {"machine": describe_machine(), "results": rows, "totals": totals}
+
+    def __str__(self) -> str:
+        found = self.to_json()
+        lines = [f"{'fault':<28}{'injected':>9}{'median to next judged part, ms':>33}"]
+        lines += [f"{r['fault']:<28}{r['injected']:>9}{r['median_recovery_ms']:>33}" for r in found["results"]]
+        lines += [f"{name:<16}{value}" for name, value in found["totals"].items()]
+        return "\n".join(lines)
+
+
+class SoakLine:
+    """One station as a process, with a client that must miss nothing."""
+
+    def __init__(self, folder: Path, model: Path, camera: dict[str, Any] | None = None, **config: Any) -> None:
+        """Write the configuration; nothing runs yet.
+
+        Args:
+            folder: for state, configuration and log.
+            model: bundle.
+            camera: instead of the simulated line.
+            config: further keys of the configuration.
+        """
+        self.folder = folder
+        self.orders = folder / "orders"
+        self.orders.mkdir(parents=True, exist_ok=True)
+        self.faults = Faults(self.orders, _HANG_S)
+        verdicts, maps, replay = (f"tcp://127.0.0.1:{port}" for port in free_ports(3))
+        line = {"driver": "synthetic", "width": 96, "height": 96, "seed": 3, "rate_fps": _RATE_FPS}
+        self.config: dict[str, Any] = {
+            "station": _STATION,
+            "camera": camera or {**line, "faults": {"incomplete": 0.01, "lost": 0.01, "unplugged": 0.002}},
+            "model": str(model),
+            "publish": {"verdicts": verdicts, "maps": maps, "replay": replay},
+            "on_overload": "invalid",
+            "threads": 1,
+            "state_dir": str(folder / "state"),
+            "verdict": {"deadline_ms": _DEADLINE_MS},
+            "supervision": {"hang_s": _HANG_S},
+            "images": {"quota_mib": 4, "reserve_mib": 0},
+            **config,
+        }
+        self.path = folder / "station.yaml"
+        self.write()
+        self.journal = folder / "state" / _STATION / "journal.sqlite"
+        self.control_endpoint = f"ipc://{self.journal.parent.absolute() / 'control.sock'}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.subscription = Subscription(verdicts, replay, _STATION, start=1)
+        self.endpoints = [verdicts, maps, replay]
+        self.result = SoakResult()
+        self._expected = 1
+        self._began_s = time.monotonic()
+
+    def write(self, **changes: Any) -> None:
+        """Write the configuration, changed for the next reload or start."""
+        self.path.write_text(yaml.safe_dump({**self.config, **changes}, sort_keys=False))
+
+    def start(self) -> None:
+        """Start the process; its log is appended to `daemon.log`."""
+        for seen in (self.result.rss_mib, self.result.descriptors, self.result.threads):
+            seen.clear()
+        with (self.folder / "daemon.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "daemon.faults", "-c", str(self.path), str(self.orders)],
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Id of the running process."""
+        if self.process is None:
+            raise SoakFailed("the station was not started")
+        return self.process.pid
+
+    def receive(self, timeout_s: float) -> Verdict | None:
+        """Take the next verdict and hold it against the promise."""
+        verdict = self.subscription.next_verdict(timeout_s)
+        if verdict is None:
+            return None
+        result, sequence = self.result, verdict["sequence"]
+        if sequence < self._expected:
+            result.double += 1
+        result.lost += max(0, sequence - self._expected)
+        self._expected = max(self._expected, sequence + 1)
+        result.last_sequence = sequence
+        result.verdicts[verdict["verdict"]] += 1
+        if verdict["reason"] is not None:
+            result.reasons[verdict["reason"]] += 1
+        result.unjournaled += not verdict["journaled"]
+        result.late += verdict["reason"] != "restart" and verdict["latency_us"]["total"] > _DEADLINE_MS * 1000
+        result.boots.add(verdict["boot"])
+        return verdict
+
+    def receive_until(self, condition: Callable[[Verdict], bool], within_s: float = _RECOVERED_WITHIN_S) -> Verdict:
+        """Receive until a verdict meets a condition; a process that ended is started again, as systemd would."""
+        deadline_s = time.monotonic() + within_s
+        while time.monotonic() < deadline_s:
+            if self.process is not None and self.process.poll() is not None:
+                self.start()
+            verdict = self.receive(0.2)
+            if verdict is not None and condition(verdict):
+                return verdict
+        raise SoakFailed(f"no such verdict within {within_s:g} s; see {self.folder / 'daemon.log'}")
+
+    def look(self) -> None:
+        """Note memory, descriptors and threads of the process."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+        values = dict(line.split(":", 1) for line in status)
+        self.result.rss_mib.append(int(values["VmRSS"].split()[0]) / 1024)
+        self.result.threads.append(int(values["Threads"]))
+        self.result.descriptors.append(len(list(Path(f"/proc/{self.pid}/fd").iterdir())))
+
+    def stop(self) -> None:
+        """End the process as systemd would, and take what it still had."""
+        if self.process is None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        deadline_s = time.monotonic() + _RECOVERED_WITHIN_S
+        while self.process.poll() is None and time.monotonic() < deadline_s:
+            self.receive(0.1)
+        while self.receive(0.5) is not None:
+            pass
+        self.result.duration_s = time.monotonic() - self._began_s
+
+    def close(self) -> None:
+        """Kill what still runs and disconnect."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.process.wait()
+        self.subscription.close()
+
+
+def _kill_9(line: SoakLine) -> None:
+    os.kill(line.pid, signal.SIGKILL)
+    if line.process is not None:
+        line.process.wait()
+    line.start()
+
+
+def _stall(line: SoakLine) -> None:
+    os.kill(line.pid, signal.SIGSTOP)
+    time.sleep(_SLOW_DISK_S)
+    os.kill(line.pid, signal.SIGCONT)
+
+
+def _slow_disk(line: SoakLine) -> None:
+    """Hold SQLite's write lock, as a disk that does not answer would."""
+    with (
+        contextlib.suppress(sqlite3.OperationalError),
+        contextlib.closing(sqlite3.connect(line.journal, timeout=0.1, isolation_level=None)) as connection,
+    ):
+        connection.execute("BEGIN IMMEDIATE")
+        _receive_for(line, _SLOW_DISK_S)
+        connection.execute("ROLLBACK")
+
+
+def _full_disk(line: SoakLine) -> None:
+    _, hard = resource.prlimit(line.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(line.pid, resource.RLIMIT_FSIZE, (_SMALL_FILE_BYTES, hard))
+    _receive_for(line, _DISK_FULL_S)
+    resource.prlimit(line.pid, resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def _receive_for(line: SoakLine, seconds: float) -> None:
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        line.receive(0.05)
+
+
+def _stalled_subscriber(line: SoakLine) -> None:
+    """Subscribe to everything and read nothing."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    subscriber = context.socket(zmq.SUB)
+    subscriber.setsockopt(zmq.RCVHWM, 1)
+    for endpoint in line.endpoints[:2]:
+        subscriber.connect(endpoint)
+    subscriber.subscribe(b"")
+    _receive_for(line, 1.0)
+    context.destroy(linger=0)
+
+
+def _garbage(line: SoakLine) -> None:
+    """Send what no client would to every TCP port, and to the control socket as messages."""
+    generator = random.Random(line.result.last_sequence)
+    for endpoint in line.endpoints:
+        host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+        for blob in (b"GET / HTTP/1.1\r\n\r\n", generator.randbytes(50_000), b"\xff" + b"\0" * 8 + b"\x7f\x03\x01"):
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=2) as connection:
+                connection.sendall(blob)  # libzmq may hang up before it has read it all
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    for endpoint in (line.control_endpoint, line.endpoints[2]):
+        dealer = context.socket(zmq.DEALER)
+        dealer.connect(endpoint)
+        for body in (b"", b"\xff\xfe", b"{", b'{"command": "explode"}', generator.randbytes(60_000), b"[" * 10_000):
+            dealer.send_multipart([body], flags=zmq.DONTWAIT)
+        dealer.send_multipart([b"x"] * 50, flags=zmq.DONTWAIT)
+        dealer.close(linger=500)
+    context.term()
+
+
+def _reload(line: SoakLine, threshold: float | None, model: str | None, *, good: bool) -> None:
+    changes: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
+    line.write(**changes, **({} if model is None else {"model": model}))
+    try:
+        with Control(line.control_endpoint) as control:
+            control.request("reload", timeout_s=30)
+        refused = False
+    except RequestFailed:
+        refused = True
+    line.write()
+    if refused == good:
+        raise SoakFailed(f"a {'good' if good else 'bad'} reload was {'refused' if refused else 'taken'}")
+
+
+def injections(line: SoakLine) -> dict[str, Callable[[], None]]:
+    """Name everything that can be done to a line."""
+    found: dict[str, Callable[[], None]] = {}
+    for fault in Fault:
+        found[fault.value] = partial(line.faults.order, fault)
+    found |= {
+        "kill -9": lambda: _kill_9(line),
+        "process stalls": lambda: _stall(line),
+        "slow disk": lambda: _slow_disk(line),
+        "full disk": lambda: _full_disk(line),
+        "stalled subscriber": lambda: _stalled_subscriber(line),
+        "garbage on every socket": lambda: _garbage(line),
+        "good reload": lambda: _reload(line, 0.5, None, good=True),
+        "bad reload": lambda: _reload(line, None, "/no/such/bundle", good=False),
+    }
+    return found
+
+
+def soak(
+    line: SoakLine, minutes: float | None, frames: int | None, seed: int, pause_s: float
+) -> Iterator[tuple[str, SoakResult]]:
+    """Inject faults until the time or the frames are over; yields each fault's name when it is over.
+
+    Raises SoakFailed when a number is lost or doubled, or when the station does not recover.
+    """
+    generator = random.Random(seed)
+    todo = injections(line)
+    line.start()
+    line.receive_until(_judged, _STARTS_WITHIN_S)
+    line.look()
+    began_s, result, order = time.monotonic(), line.result, list(todo)
+    rounds: list[str] = []
+    while (minutes is None or time.monotonic() - began_s < minutes * 60) and (
+        frames is None or result.last_sequence < frames
+    ):
+        if not rounds:  # every fault once before any comes again, in random order
+            rounds = generator.sample(order, len(order))
+        name = rounds.pop()
+        _receive_for(line, generator.uniform(0, 2 * pause_s))
+        ordered_s = time.monotonic()
+        todo[name]()
+        line.receive_until(lambda _verdict: not line.faults.waiting)
+        _receive_for(line, _ON_THE_WAY_S)  # parts that were judged before the fault
+        line.receive_until(partial(_judged, after=result.last_sequence))
+        result.faults[name] += 1
+        result.recovery_ms.setdefault(name, []).append((time.monotonic() - ordered_s) * 1000)
+        if line.process is not None and line.process.poll() is None:
+            line.look()
+        if result.lost or result.double:
+            raise SoakFailed(f"{result.lost} verdicts lost and {result.double} doubled after {name}")
+        yield name, result
+    line.stop()
+    result.duration_s = time.monotonic() - began_s
+
+
+def _judged(verdict: Verdict, after: int = 0) -> bool:
+    return verdict["verdict"] in ("OK", "NG") and verdict["sequence"] > after

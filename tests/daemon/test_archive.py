@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import resource
+import threading
+
+import cv2
+import numpy as np
+import pytest
+import structlog
+
+from daemon.archive import Archive, Keep
+from daemon.events import Events, Outbox
+from daemon.images import Picture, encode_image, read_picture, write_picture
+from daemon.ledger import Ledger, Ticket
+from daemon.sequence import SequenceFile
+from daemon.tally import Tally
+from drivers.frame import Frame, FrameStatus, PixelFormat
+from pipeline.inspect import Inspection, Outcome, Reason
+from tests.daemon.test_journal import wait_for
+
+NG = Inspection(Outcome.NG, score=3.0, anomaly_map=np.arange(6, dtype=np.float32).reshape(2, 3))
+OK = Inspection(Outcome.OK, score=0.1, anomaly_map=np.zeros((2, 3), np.float32))
+
+
+def picture_of(fmt, rng, size=(12, 16)):
+    shape = size + ((3,) if fmt.channels == 3 else ())
+    return rng.integers(0, fmt.max_value + 1, shape).astype(fmt.dtype)
+
+
+@pytest.mark.parametrize("fmt", list(PixelFormat))
+def test_png_brings_every_sample_of_every_format_back(fmt, rng, tmp_path):
+    image = picture_of(fmt, rng)
+    verdict = {"verdict": "NG", "source": "cam"}
+    files, size = write_picture(tmp_path / "000001-NG", Picture(image, fmt, NG.anomaly_map, verdict), "png")
+    assert size == sum(path.stat().st_size for path in files)
+    frame, told = read_picture(tmp_path / "000001-NG.json")
+    np.testing.assert_array_equal(frame.image, image)
+    assert (frame.pixel_format, frame.source, told) == (fmt, "cam", verdict)
+    np.testing.assert_array_equal(np.load(tmp_path / "000001-NG.npy"), NG.anomaly_map)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "stored"),
+    [("Mono8", "Mono8"), ("Mono12", "Mono8"), ("BayerRG8", "BGR8"), ("BayerGB12", "BGR8"), ("RGB8", "RGB8")],
+)
+def test_jpeg_keeps_the_colours(fmt, stored):
+    fmt = PixelFormat(fmt)
+    rgb = np.array([200, 120, 40])
+    image = np.full((64, 64, 3), rgb, np.uint8)
+    if fmt.bayer:
+        from drivers.bayer import mosaic
+
+        image = mosaic(image.astype(fmt.dtype) << (fmt.bits - 8), fmt.bayer)
+    elif fmt.channels == 1:
+        image = np.full((64, 64), 100 << (fmt.bits - 8), fmt.dtype)
+    encoded, now = encode_image(image, fmt, "jpeg")
+    assert now == stored
+    decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    wanted = [100] if fmt.channels == 1 and not fmt.bayer else rgb[::-1]
+    np.testing.assert_allclose(np.atleast_1d(decoded[32, 32]), wanted, atol=4)
+
+
+@pytest.fixture
+def setup(tmp_path):
+    with SequenceFile(tmp_path / "state") as numbers:
+        ledger = Ledger(numbers, Tally(), lambda: None)
+        events = Events("s", "b", Outbox(), structlog.ReturnLogger())
+        started = []
+
+        def make(**keep):
+            default = {
+                "folder": tmp_path / "images",
+                "outcomes": frozenset({Outcome.NG, Outcome.INVALID}),
+                "every_ok": 0,
+                "image_format": "png",
+                "quota_bytes": 1 << 30,
+                "reserve_bytes": 0,
+            }
+            archive = Archive(Keep(**{**default, **keep}), tmp_path / "captures", ledger, events)
+            thread = threading.Thread(target=archive.write)
+            thread.start()
+            started.append((archive, thread))
+            return archive
+
+        def judge(archive, inspection, image=None):
+            """One frame through ledger and archive, published as the publisher would."""
+            image = np.zeros((8, 8), np.uint8) if image is None else image
+            frame = Frame(FrameStatus.COMPLETE, "cam", image=image, pixel_format=PixelFormat.MONO8)
+            entry = ledger.open(Ticket(), frame)
+            if inspection is not None:
+                ledger.settle(entry, inspection)
+            archive.look(entry, image, inspection)
+            ledger.give_up(Reason.DEADLINE, "late")
+            taken = ledger.take(0)
+            taken.body = json.dumps(
+                {"verdict": taken.inspection.outcome.value, "sequence": entry.sequence}
+            ).encode()
+            taken.sent = True
+            ledger.done(taken, None)
+            return entry
+
+        yield make, judge, tmp_path
+        for archive, thread in started:
+            archive.close()
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def kept(folder):
+    return sorted(path.stem for path in folder.rglob("*.json"))
+
+
+def test_rejects_are_kept_with_map_and_verdict_and_good_parts_are_not(setup):
+    make, judge, folder = setup
+    archive = make()
+    for inspection in (OK, NG, None, Inspection(Outcome.INVALID, Reason.IMAGE, "black")):
+        judge(archive, inspection)
+    wait_for(lambda: archive.kept == 3)
+    assert kept(folder / "images") == ["000000000002-NG", "000000000003-INVALID", "000000000004-INVALID"]
+    described = json.loads(next((folder / "images").rglob("*-NG.json")).read_text())
+    assert described["verdict"] == {"verdict": "NG", "sequence": 2}
+    assert described["map"] == "000000000002-NG.npy"
+
+
+def test_every_nth_good_part_is_kept_where_wanted(setup):
+    make, judge, folder = setup
+    archive = make(every_ok=3)
+    for _ in range(9):
+        judge(archive, OK)
+    wait_for(lambda: archive.kept == 3)
+    assert kept(folder / "images") == [f"{n:012d}-OK" for n in (3, 6, 9)]
+
+
+def test_the_oldest_make_room_under_the_quota_also_those_of_an_earlier_run(setup, rng):
+    make, judge, folder = setup
+    noise = rng.integers(0, 256, (100, 100), np.uint8)
+    first = make()
+    for _ in range(6):
+        judge(first, NG, noise)
+    wait_for(lambda: first.kept == 6)
+    each = first.bytes // 6
+    second = make(quota_bytes=4 * each + each // 2)
+    for _ in range(2):
+        judge(second, NG, noise)
+    wait_for(lambda: second.kept == 2)
+    wait_for(lambda: len(kept(folder / "images")) == 4)
+    assert kept(folder / "images") == [f"{n:012d}-NG" for n in (5, 6, 7, 8)]
+    files = [path for path in (folder / "images").rglob("*") if path.is_file()]
+    assert len(files) == 12, "image, map and description go together"
+    assert second.bytes == sum(path.stat().st_size for path in files)
+
+
+def test_a_disk_below_its_reserve_keeps_nothing_new_and_says_so(setup):
+    make, judge, folder = setup
+    archive = make(reserve_bytes=1 << 60)
+    judge(archive, NG)
+    wait_for(lambda: archive.dropped == 1)
+    assert "free on the disk" in archive.error
+    assert kept(folder / "images") == []
+
+
+def test_a_full_disk_drops_the_image_leaves_nothing_half_written_and_recovers(setup, rng):
+    make, judge, folder = setup
+    archive = make()
+    noise = rng.integers(0, 256, (100, 100), np.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a write beyond it fails with EFBIG
+    try:
+        judge(archive, NG, noise)
+        wait_for(lambda: archive.dropped == 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path for path in (folder / "images").rglob("*") if path.is_file()]
+    judge(archive, NG, noise)
+    wait_for(lambda: archive.kept == 1)
+    assert archive.error is None
+
+
+def test_a_snapshot_is_the_next_judged_frame(setup, rng):
+    make, judge, _ = setup
+    archive = make()
+    future = archive.snapshot()
+    image = rng.integers(0, 256, (10, 12), np.uint8)
+    entry = judge(archive, OK, image)
+    png, sequence = future.result(60)
+    assert sequence == entry.sequence
+    np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED), image)
+
+
+def test_a_capture_takes_the_next_good_frames_only(setup):
+    make, judge, folder = setup
+    archive = make()
+    target = archive.capture(2, "lamp2")
+    assert target == folder / "captures" / "lamp2"
+    for inspection in (NG, OK, OK, OK):
+        judge(archive, inspection)
+    wait_for(lambda: len(list(target.glob("*.png"))) == 2)
+    assert archive.capture_progress == {"folder": str(target), "wanted": 2, "taken": 2}
+    assert kept(target) == ["000000000002", "000000000003"]
+    with pytest.raises(FileExistsError):
+        archive.capture(2, "lamp2")

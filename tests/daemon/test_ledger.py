@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daemon.ledger import Ledger, Revoked, Ticket
+from daemon.sequence import SequenceFile
+from daemon.tally import Tally
+from drivers.frame import Frame, FrameStatus
+from pipeline.inspect import Inspection, Outcome, Reason
+
+OK = Inspection(Outcome.OK, score=0.1)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with SequenceFile(tmp_path) as numbers:
+        yield Ledger(numbers, Tally(), lambda: None)
+
+
+def frame(arrived_ns=None):
+    made = Frame(FrameStatus.COMPLETE, "s", image=np.zeros((2, 2), np.uint8))
+    if arrived_ns is not None:
+        made.arrived_ns = arrived_ns
+    return made
+
+
+def with_deadline(ledger, deadline_ms):
+    ledger._deadline_ms = lambda: deadline_ms
+    return ledger
+
+
+def test_a_settled_entry_waits_for_those_before_it(ledger):
+    ticket = Ticket()
+    first, second = ledger.open(ticket, frame()), ledger.open(ticket, frame())
+    assert (first.sequence, second.sequence) == (1, 2)
+    assert ledger.settle(second, OK)
+    assert ledger.take(0) is None, "the first has no result yet"
+    assert ledger.settle(first, OK)
+    for entry in (first, second):
+        assert ledger.take(0) is entry
+        ledger.done(entry, None)
+    assert ledger.take(0) is None
+
+
+def test_an_entry_is_settled_once(ledger):
+    entry = ledger.open(Ticket(), frame())
+    assert ledger.settle(entry, OK)
+    assert not ledger.settle(entry, Inspection(Outcome.NG, score=9.0))
+    assert ledger.take(0).inspection is OK
+
+
+def test_the_same_entry_is_handed_out_until_it_is_done(ledger):
+    entry = ledger.open(Ticket(), frame())
+    ledger.settle(entry, OK)
+    assert ledger.take(0) is entry
+    assert ledger.take(0) is entry, "the publisher's successor goes on with it"
+    ledger.done(entry, None)
+    with pytest.raises(AssertionError):
+        ledger.done(entry, None)
+
+
+def test_an_entry_that_is_due_becomes_invalid_and_what_comes_then_is_late(ledger):
+    with_deadline(ledger, 1000)
+    entry = ledger.open(Ticket(), frame(time.monotonic_ns() - 2_000_000_000))
+    assert entry.is_late()
+    taken = ledger.take(0)
+    assert taken is entry
+    assert (taken.inspection.outcome, taken.inspection.reason) == (Outcome.INVALID, Reason.DEADLINE)
+    assert not ledger.settle(entry, OK)
+
+
+def test_a_taker_wakes_for_the_deadline_by_itself(ledger):
+    with_deadline(ledger, 50)
+    entry = ledger.open(Ticket(), frame())
+    began_ns = time.monotonic_ns()
+    taken = ledger.take(60)
+    assert taken is entry
+    assert taken.inspection.reason is Reason.DEADLINE
+    assert time.monotonic_ns() >= entry.due_ns
+    assert entry.due_ns - began_ns <= 45_000_000, "a tenth of the deadline is kept as margin"
+
+
+def test_a_settled_entry_is_not_late_however_long_it_waits(ledger):
+    with_deadline(ledger, 1)
+    entry = ledger.open(Ticket(), frame())
+    ledger.settle(entry, OK)
+    while time.monotonic_ns() < entry.due_ns:
+        pass
+    assert ledger.take(0).inspection is OK
+
+
+def test_a_trigger_is_filled_with_its_frame_unless_its_verdict_is_out(ledger):
+    ticket = Ticket()
+    entry = ledger.open(ticket, Frame(FrameStatus.PENDING, "s"), trigger="t1", part="p1")
+    came = frame()
+    assert ledger.fill(entry, came)
+    assert entry.frame is came
+    with_deadline(ledger, 1)
+    late = ledger.open(ticket, Frame(FrameStatus.PENDING, "s", arrived_ns=0))
+    ledger.settle(entry, OK)
+    ledger.done(ledger.take(0), None)
+    assert ledger.take(0) is late
+    assert not ledger.fill(late, frame())
+
+
+def test_an_abandoned_generation_numbers_nothing_and_its_triggers_are_answered(ledger):
+    ticket = Ticket()
+    pending = ledger.open(ticket, Frame(FrameStatus.PENDING, "s"))
+    judged = ledger.open(ticket, frame())
+    ledger.revoke(ticket, Reason.CAMERA, "hangs")
+    with pytest.raises(Revoked):
+        ledger.open(ticket, frame())
+    assert pending.inspection.reason is Reason.CAMERA
+    assert judged.inspection is None, "the engine has its image and will judge it"
+
+
+def test_what_an_earlier_run_left_is_restored_and_giving_up_leaves_nothing_open(ledger):
+    ledger.restore(7)
+    waiting = ledger.open(Ticket(), frame())
+    ledger.give_up(Reason.ENGINE, "ending")
+    assert waiting.inspection.reason is Reason.ENGINE
+    found = []
+    while (entry := ledger.take(0)) is not None:
+        found.append((entry.sequence, entry.inspection.reason))
+        ledger.done(entry, None)
+    assert found == [(7, Reason.RESTART), (waiting.sequence, Reason.ENGINE)]
+    assert ledger.over
+
+
+def test_the_arithmetic_holds_at_any_moment(ledger):
+    """Writers, an engine and a publisher at work; someone else looks all the time."""
+    ticket, entries, wrong, total = Ticket(), [], [], 3000
+
+    def open_all():
+        for _ in range(total):
+            entries.append(ledger.open(ticket, frame()))
+        ledger.end()
+
+    def settle_all():
+        for index in range(total):
+            while len(entries) <= index:
+                pass
+            ledger.settle(entries[index], OK)
+
+    def publish_all():
+        while not ledger.over:
+            entry = ledger.take(0.05)
+            if entry is not None:
+                ledger.done(entry, None)
+
+    threads = [threading.Thread(target=work) for work in (open_all, settle_all, publish_all)]
+    for thread in threads:
+        thread.start()
+    while not ledger.over:
+        totals, open_numbers = ledger.audit()
+        if totals.seen != totals.ok + totals.ng + totals.invalid + open_numbers:
+            wrong.append((totals, open_numbers))
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert ledger.audit()[0].ok == total
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_whatever_the_order_of_events_each_number_comes_out_once_and_in_order(tmp_path_factory, data):
+    with SequenceFile(tmp_path_factory.mktemp("state")) as numbers:
+        now = {"deadline_ms": None}
+        ledger = Ledger(numbers, Tally(), lambda: now["deadline_ms"])
+        ticket, waiting, out = Ticket(), [], []
+        for step in data.draw(st.lists(st.sampled_from(["open", "settle", "late", "take", "revoke"]), max_size=40)):
+            if step == "open":
+                waiting.append(ledger.open(ticket, frame()))
+            elif step == "late":  # its deadline has passed before it was numbered
+                now["deadline_ms"] = 1
+                waiting.append(ledger.open(ticket, frame(0)))
+                now["deadline_ms"] = None
+            elif step == "settle" and waiting:
+                ledger.settle(waiting.pop(data.draw(st.integers(0, len(waiting) - 1))), OK)
+            elif step == "revoke":
+                ledger.revoke(ticket, Reason.CAMERA, "hangs")
+                ticket = Ticket()
+            elif step == "take" and (entry := ledger.take(0)) is not None:
+                ledger.done(entry, None)
+                out.append(entry.sequence)
+        ledger.give_up(Reason.ENGINE, "ending")
+        while (entry := ledger.take(0)) is not None:
+            ledger.done(entry, None)
+            out.append(entry.sequence)
+        totals, open_numbers = ledger.audit()
+        assert out == list(range(1, totals.seen + 1))
+        assert open_numbers == 0
+        assert numbers.published == totals.seen
