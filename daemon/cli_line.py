@@ -52,7 +52,7 @@ def _ctl_options(
 @contextmanager
 def _control(context: typer.Context, config: Path | None) -> Iterator[Control]:
     from daemon.client import ClientKeys, Control
-    from daemon.config import load_config
+    from daemon.config import load_addresses
     from daemon.keys import SERVER, KeyFolder
 
     given, endpoint, secret, server_key = context.obj
@@ -62,12 +62,12 @@ def _control(context: typer.Context, config: Path | None) -> Iterator[Control]:
     if (secret is None) != (server_key is None) and config is None:
         raise typer.BadParameter("--secret and --server-key belong together", param_hint="--secret")
     with clear_errors():
-        settings = None if config is None else load_config(config)
-        address = endpoint or (settings.control_endpoints()[0] if settings else "")
+        addresses = None if config is None else load_addresses(config)
+        address = endpoint or (addresses.control_endpoints()[0] if addresses else "")
         keys = None
         if secret is not None:
-            if server_key is None and settings is not None and settings.security.keys is not None:
-                server_key = KeyFolder(settings.security.keys).secret(SERVER)[0].decode()
+            if server_key is None and addresses is not None and addresses.security.keys is not None:
+                server_key = KeyFolder(addresses.security.keys).secret(SERVER)[0].decode()
             keys = ClientKeys.read(secret, server_key or "")
         with Control(address, keys) as control:
             yield control

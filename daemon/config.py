@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from daemon.yaml_errors import ConfigError, describe_problems, read_yaml
+from daemon.yaml_errors import ConfigError, Document, describe_problems, read_yaml
 from drivers.catalog import CameraOptions
 from pipeline.bundle import MANIFEST
 from pipeline.inspect import Outcome
@@ -60,6 +60,9 @@ def _check_bundle(path: Path) -> Path:
 _LIMITS = PlausibleLimits()
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 Endpoints = Annotated[list[Endpoint], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+_Loaded = TypeVar("_Loaded", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -164,31 +167,17 @@ class LogConfig(_Section):
     )
 
 
-class StationConfig(_Section):
-    """One station: one camera, one model, one stream of verdicts."""
+class Addresses(BaseModel):
+    """Where a station's own files and sockets are; all that a client needs of a configuration."""
+
+    model_config = ConfigDict(frozen=True)
 
     station: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}$")
-    camera: CameraOptions
-    model: Annotated[Path, AfterValidator(_check_bundle)]
     publish: PublishConfig = PublishConfig()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, ge=1, le=256, description="of the CPU engine; None: all cores")
-    threshold: float | None = Field(default=None, allow_inf_nan=False, description="instead of the bundle's")
-    plausible: PlausibleConfig = PlausibleConfig()
-    on_overload: Literal["wait", "invalid"] | None = Field(
-        default=None, description="when every slot is taken; None: invalid for live cameras, else wait"
-    )
-    slots: int = Field(
-        default=4, ge=3, le=256, description="frames in the ring, the judged one and its predecessor included"
-    )
     state_dir: Path | None = None
-    verdict: VerdictConfig = VerdictConfig()
     journal: JournalConfig | Literal[False] = JournalConfig()
-    images: ImagesConfig | Literal[False] = ImagesConfig()
     control: ControlConfig = ControlConfig()
     security: SecurityConfig = SecurityConfig()
-    supervision: SupervisionConfig = SupervisionConfig()
-    log: LogConfig = LogConfig()
 
     def runtime_folder(self) -> Path:
         """Return the folder of this station's own sockets."""
@@ -218,18 +207,35 @@ class StationConfig(_Section):
         return Path(home) / "inspectord" / self.station
 
 
+class StationConfig(Addresses):
+    """One station: one camera, one model, one stream of verdicts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    camera: CameraOptions
+    model: Annotated[Path, AfterValidator(_check_bundle)]
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=256, description="of the CPU engine; None: all cores")
+    threshold: float | None = Field(default=None, allow_inf_nan=False, description="instead of the bundle's")
+    plausible: PlausibleConfig = PlausibleConfig()
+    on_overload: Literal["wait", "invalid"] | None = Field(
+        default=None, description="when every slot is taken; None: invalid for live cameras, else wait"
+    )
+    slots: int = Field(
+        default=4, ge=3, le=256, description="frames in the ring, the judged one and its predecessor included"
+    )
+    verdict: VerdictConfig = VerdictConfig()
+    images: ImagesConfig | Literal[False] = ImagesConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+    log: LogConfig = LogConfig()
+
+
 def load_config(path: Path) -> StationConfig:
     """Read and validate a configuration. Raises ConfigError that lists every problem with its line.
 
     Relative paths in it are relative to the working directory, as on the command line.
     """
-    document = read_yaml(path)
-    if not isinstance(document.data, dict):
-        raise ConfigError(f"{path}:1: expected keys and values (station, camera, model …)")
-    try:
-        config = StationConfig.model_validate(document.data)
-    except ValidationError as error:
-        raise ConfigError(describe_problems(document, StationConfig, error)) from error
+    document, config = _load(path, StationConfig)
     contradictions = [
         f"{path}:{document.line_of(location)}: {'.'.join(location)}: {message}"
         for location, message in _contradictions(config)
@@ -237,6 +243,21 @@ def load_config(path: Path) -> StationConfig:
     if contradictions:
         raise ConfigError("\n".join(contradictions))
     return config
+
+
+def load_addresses(path: Path) -> Addresses:
+    """Read a configuration just far enough to find its daemon, whatever else is wrong in it. Raises ConfigError."""
+    return _load(path, Addresses)[1]
+
+
+def _load(path: Path, kind: type[_Loaded]) -> tuple[Document, _Loaded]:
+    document = read_yaml(path)
+    if not isinstance(document.data, dict):
+        raise ConfigError(f"{path}:1: expected keys and values (station, camera, model …)")
+    try:
+        return document, kind.model_validate(document.data)
+    except ValidationError as error:
+        raise ConfigError(describe_problems(document, kind, error)) from error
 
 
 def _contradictions(config: StationConfig) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -175,9 +175,9 @@ class Security:
         """Set the options that the next `bind` takes over."""
         if self._server is None:
             return
+        # Over ipc the authenticator lets everyone in who may open the socket's file.
         socket.setsockopt(zmq.CURVE_SERVER, int(encrypted))
-        # Without a domain, libzmq lets whoever may open an ipc socket's file in without asking.
-        socket.setsockopt(zmq.ZAP_DOMAIN, right.value.encode() if encrypted else b"")
+        socket.setsockopt(zmq.ZAP_DOMAIN, right.value.encode())
         if encrypted:
             socket.curve_publickey, socket.curve_secretkey = self._server
 

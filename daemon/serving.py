@@ -27,7 +27,7 @@ from daemon.replies import (
     read_command,
     read_replay,
 )
-from daemon.sockets import Context, EndpointError, Socket, bind
+from daemon.sockets import Context, Socket, bind
 
 _POLL_MS = 50
 _BUSY_POLL_MS = 5
@@ -121,7 +121,7 @@ class Serving:
                 try:
                     for right, endpoints in self._endpoints.items():
                         sockets[right] = self._bound(endpoints, right)
-                except EndpointError as error:
+                except BaseException as error:
                     if not self.ready.done():
                         self.ready.set_exception(error)
                     raise
@@ -138,7 +138,7 @@ class Serving:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
             bind(socket, endpoints, self._security, right)
-        except EndpointError:
+        except BaseException:
             socket.close()
             raise
         return socket

@@ -43,6 +43,7 @@ class Line:
     verdicts: list = field(default_factory=list)
     maps: list = field(default_factory=list)
     health: list = field(default_factory=list)
+    events: list = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     process: subprocess.Popen | None = None
 
@@ -61,7 +62,8 @@ class Line:
         self.subscriber.setsockopt(zmq.RECONNECT_IVL, 10)
         for endpoint in (self.verdict_endpoint, self.map_endpoint):
             self.subscriber.connect(endpoint)
-        for topic in ("verdict", "map", "health"):
+        self.state = Path(self.config["state_dir"]) / self.config["station"]
+        for topic in ("verdict", "map", "health", "event"):
             self.subscriber.subscribe(f"{topic}/{self.config['station']}/".encode())
 
     def start(self):
@@ -91,7 +93,7 @@ class Line:
             self.maps.append(message)
         else:
             assert not rest
-            (self.verdicts if kind == "verdict" else self.health).append(message)
+            {"verdict": self.verdicts, "health": self.health, "event": self.events}[kind].append(message)
         return True
 
     def receive_until(self, condition):
