@@ -1,0 +1,310 @@
+"""Every fault that can be injected, on the whole daemon; what a subscriber must see is always the same."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import threading
+import time
+
+import pytest
+import zmq
+
+from daemon.config import PublishConfig, StationConfig, SupervisionConfig, VerdictConfig
+from daemon.faults import Fault
+from daemon.journal import Query, read_journal
+from daemon.publishing import Publishing
+from daemon.soak import SoakLine, injections
+from daemon.soak import soak as run_soak
+from daemon.station import Station, StationFailed
+from drivers.camera import CameraInfo, CameraLost, Fires
+from drivers.synthetic import SyntheticCamera, SyntheticOptions
+from pipeline.engine_cpu import CpuEngine
+from pipeline.engines import EngineChoice
+from tests.system.line import free_port
+from tests.system.test_run import SYNTHETIC
+
+
+@pytest.fixture
+def faulty(tiny_bundle, tmp_path):
+    made = []
+
+    def make(**config):
+        folder = tmp_path / f"soak{len(made)}"
+        made.append(SoakLine(folder, tiny_bundle, **config))
+        return made[-1]
+
+    yield make
+    for line in made:
+        line.close()
+
+
+def judged(verdict):
+    return verdict["verdict"] in ("OK", "NG")
+
+
+def assert_kept(line):
+    """The promise, from the subscriber's side and from the daemon's own books."""
+    line.stop()
+    result = line.result
+    assert (result.lost, result.double) == (0, 0)
+    assert line.subscription.missing == []
+    log = (line.folder / "daemon.log").read_text()
+    assert '"kind": "invariant"' not in log
+    assert log.splitlines()[-1].strip(), "it ended by saying what it did"
+
+
+def events_of(line, kind):
+    lines = (line.folder / "daemon.log").read_text().splitlines()
+    parsed = (json.loads(text) for text in lines if text.startswith("{"))
+    return [event for event in parsed if event.get("kind") == kind]
+
+
+EMULATED = {
+    "driver": "pylon", "serial": "0815-0000", "width": 96, "height": 96, "exposure_us": 100.0, "rate_fps": 25.0,
+    "features": {"TestImageSelector": "Testimage2"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("camera", [None, EMULATED], ids=["simulated line", "pylon emulator"])
+def test_every_fault_once_and_nothing_is_lost(faulty, camera):
+    if camera:
+        pytest.importorskip("pypylon", reason="pypylon is not installed")
+    line = faulty(camera=camera, plausible={"frozen_frames": 0})
+    names = len(injections(line))
+    faults = [name for name, _ in itertools.islice(run_soak(line, None, 10**9, seed=1, pause_s=0.1), names)]
+    assert sorted(faults) == sorted(injections(line)), "each once before any comes again"
+    assert_kept(line)
+    assert line.result.reasons["engine"] >= 1
+    assert line.result.reasons["deadline"] >= 1, "while the engine hung"
+    assert line.result.descriptors[-1] < 150, "abandoned cameras are closed when their calls return"
+    assert line.result.threads[-1] <= line.result.threads[0] + 2, "abandoned threads end when their calls return"
+
+
+def test_twenty_kills_at_random_moments(faulty, rng):
+    line = faulty()
+    line.start()
+    line.receive_until(judged)
+    for _ in range(20):
+        deadline_s = time.monotonic() + rng.uniform(0, 0.4)
+        while time.monotonic() < deadline_s:
+            line.receive(0.02)
+        injections(line)["kill -9"]()
+        line.receive_until(judged)
+    assert_kept(line)
+    assert len(line.result.boots) == 21
+    assert line.result.reasons["restart"] > 0
+
+
+@pytest.mark.parametrize("fault", [Fault.ENGINE_HANG, Fault.CAMERA_HANG])
+def test_a_hang_is_abandoned_its_part_rejected_in_time_and_the_line_goes_on(faulty, fault):
+    line = faulty()
+    line.start()
+    line.receive_until(judged)
+    line.faults.order(fault)
+    line.receive_until(lambda _verdict: not line.faults.waiting)
+    worker = "engine" if fault is Fault.ENGINE_HANG else "acquisition"
+    line.receive_until(lambda _verdict: any(event["worker"] == worker for event in events_of(line, "worker")))
+    line.receive_until(judged)
+    assert_kept(line)
+    assert line.result.late == 0, "INVALID/deadline went out while the engine hung"
+    assert len(line.result.boots) == 1, "the process lived on"
+
+
+def test_an_engine_that_keeps_failing_is_built_anew(faulty):
+    line = faulty()
+    line.start()
+    line.receive_until(judged)
+    for _ in range(3):
+        line.faults.order(Fault.ENGINE_ERROR)
+        line.receive_until(lambda verdict: verdict["reason"] == "engine")
+        # Errors in a row: nothing may be judged between them.
+    line.receive_until(judged)
+    assert_kept(line)
+
+
+def run_and_listen(station, endpoint):
+    """Run a station in this process; return what a subscriber heard, by topic, and the summary."""
+    heard, results = collections.defaultdict(list), []
+    with zmq.Context() as context, context.socket(zmq.SUB) as subscriber:
+        subscriber.setsockopt(zmq.LINGER, 0)
+        subscriber.setsockopt(zmq.RECONNECT_IVL, 5)
+        subscriber.connect(endpoint)
+        subscriber.subscribe(b"")
+        thread = threading.Thread(target=lambda: results.append(station.run()))
+        thread.start()
+        while thread.is_alive() or subscriber.poll(200):
+            if subscriber.poll(100):
+                topic, body = subscriber.recv_multipart()
+                heard[topic.decode().split("/")[0]].append(json.loads(body))
+        thread.join()
+    return heard, results[0]
+
+
+def test_a_late_result_is_an_event_not_a_second_verdict(tiny_bundle, tmp_path):
+    """The engine is slower than the deadline once, and not so slow that it counts as hung."""
+    published = threading.Event()
+
+    class Slow(CpuEngine):
+        calls = 0
+
+        def raw_maps(self, image, fmt):
+            self.calls += 1
+            if self.calls == 3:
+                while station.tally.totals().invalid == 0:  # its INVALID/deadline goes out meanwhile
+                    published.wait(0.005)
+            return super().raw_maps(image, fmt)
+
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    config = StationConfig(
+        station="late",
+        camera=SyntheticOptions(width=96, height=96, frames=12, rate_fps=4),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[endpoint]),
+        on_overload="invalid",
+        verdict=VerdictConfig(deadline_ms=200),
+        threads=1,
+        state_dir=tmp_path,
+    )
+    station = Station(config, engine_for=lambda model: EngineChoice(Slow(model, 1), "test"))
+    heard, summary = run_and_listen(station, endpoint)
+    verdicts = {v["sequence"]: v for v in heard["verdict"]}
+    assert len(verdicts) == len(heard["verdict"]) == summary.totals.seen == 12
+    assert verdicts[3]["reason"] == "deadline"
+    assert verdicts[3]["latency_us"]["total"] <= 200_000
+    late = [event for event in heard["event"] if event["event"] == "late" and event["sequence"] == 3]
+    assert len(late) == 1
+    assert late[0]["data"]["verdict"] in ("OK", "NG")
+    assert late[0]["data"]["score"] is not None
+
+
+def test_rejects_in_a_row_raise_an_alarm(line):
+
+    bench = line({**SYNTHETIC, "frames": 25}, threshold=-1.0, verdict={"alarm_after_rejects": 10}).start()
+    bench.finish()
+    alarms = [event for event in bench.events if event["event"] == "alarm"]
+    assert [event["sequence"] for event in alarms] == [10, 20]
+    assert alarms[0]["schema"] == "inspectord.event/1"
+    assert alarms[0]["data"] == {"rejects_in_a_row": 10}
+
+
+def test_a_jump_of_the_clock_changes_no_deadline_and_no_order(tiny_bundle, tmp_path, monkeypatch):
+    """In process, because nothing here may set the machine's clock: it jumps a day back in the middle."""
+    day_ns, true_ns = 86400 * 10**9, time.time_ns
+
+    class Jumping(SyntheticCamera):
+        def grab(self, timeout_s):
+            frames = super().grab(timeout_s)
+            for frame in frames:
+                if frame.device_id >= 8:
+                    monkeypatch.setattr(time, "time_ns", lambda: true_ns() - day_ns)
+                    frame.wall_ns -= day_ns
+            return frames
+
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    config = StationConfig(
+        station="clock",
+        camera=SyntheticOptions(width=96, height=96, frames=20, rate_fps=20),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[endpoint]),
+        on_overload="invalid",
+        verdict=VerdictConfig(deadline_ms=20_000),
+        slots=32,
+        threads=1,
+        state_dir=tmp_path,
+    )
+    station = Station(config, camera_for=lambda settings: Jumping(settings.camera))
+    heard, summary = run_and_listen(station, endpoint)
+    assert (summary.totals.seen, summary.totals.in_flight) == (20, 0)
+    assert summary.totals.reasons == {}
+    assert [v["sequence"] for v in heard["verdict"]] == list(range(1, 21))
+    times = [v["time"] for v in heard["verdict"]]
+    assert times[8] < times[7], "the clock did jump"
+    assert [sequence for sequence, _ in read_journal(config.journal_path(), Query())] == list(range(1, 21))
+
+
+def test_a_journal_on_a_full_disk_marks_its_verdicts_and_they_can_still_be_replayed(faulty):
+    line = faulty()
+    line.start()
+    line.receive_until(judged)
+    injections(line)["full disk"]()
+    line.receive_until(lambda verdict: verdict["journaled"])
+    assert_kept(line)
+    assert line.result.unjournaled > 0
+
+    assert [sequence for sequence, _ in read_journal(line.journal, Query())] == list(
+        range(1, line.result.last_sequence + 1)
+    ), "what could not be journaled in time was written later"
+
+
+def test_a_camera_that_never_comes_back_ends_the_process_for_systemd(tiny_bundle, tmp_path):
+    """A hung driver still holds its device: reopening fails until the process is a new one."""
+
+    let_go, opened = threading.Event(), []
+
+    class HungThenBusy:
+        live = True
+        fires = Fires.ITSELF
+
+        def open(self):
+            opened.append(self)
+            if len(opened) > 1:
+                raise CameraLost("the device is in use")
+            return CameraInfo("hung", "hung")
+
+        def grab(self, timeout_s):
+            let_go.wait(120)
+            return []
+
+        def close(self):
+            pass
+
+    config = StationConfig(
+        station="busy",
+        camera=SyntheticOptions(),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
+        supervision=SupervisionConfig(hang_s=0.3),
+        state_dir=tmp_path,
+    )
+    station = Station(config, camera_for=lambda _settings: HungThenBusy())
+    with pytest.raises(StationFailed, match="the device is in use"):
+        station.run()
+    let_go.set()
+    assert len(opened) == 6, "tried five times after it was abandoned"
+
+
+def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny_bundle, tmp_path, monkeypatch):
+    """In process: no real socket fails on demand. Sending fails before, and once after the message is out."""
+
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    config = StationConfig(
+        station="pub",
+        camera=SyntheticOptions(width=96, height=96, frames=30, rate_fps=30),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[endpoint]),
+        state_dir=tmp_path,
+    )
+    failing, publish, done = {5, 12}, Publishing._publish, Publishing._send_map
+
+    def before(self, entry, verdicts, maps):
+        if entry.sequence in failing and entry.body is None:
+            failing.discard(entry.sequence)
+            raise RuntimeError("ordered: before sending")
+        publish(self, entry, verdicts, maps)
+
+    def after(self, entry, inspection, maps):
+        if entry.sequence == 20:
+            raise RuntimeError("ordered: after sending")
+        done(self, entry, inspection, maps)
+
+    monkeypatch.setattr(Publishing, "_publish", before)
+    monkeypatch.setattr(Publishing, "_send_map", after)
+    heard, summary = run_and_listen(Station(config), endpoint)
+    seen = [verdict["sequence"] for verdict in heard["verdict"]]
+    assert summary.totals.seen == 30
+    assert summary.totals.in_flight == 0
+    assert seen == sorted(set(seen)), "none twice, in order"
+
+    assert [sequence for sequence, _ in read_journal(config.journal_path(), Query())] == list(range(1, 31))
