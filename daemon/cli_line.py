@@ -173,7 +173,7 @@ def verdicts(
     as_json: Annotated[bool, typer.Option("--json", help="one verdict a line, as published")] = False,
 ) -> None:
     """Read the journal, also while the daemon runs."""
-    from daemon.config import load_config
+    from daemon.config import load_addresses
     from daemon.journal import JournalError, Query, read_journal
 
     if as_csv and as_json:
@@ -189,7 +189,7 @@ def verdicts(
         limit=limit,
     )
     with clear_errors():
-        path = load_config(config).journal_path()
+        path = load_addresses(config).journal_path()
         if path is None:
             raise JournalError(f"{config}: journal: false; there is nothing to read")
         writer = csv.writer(sys.stdout, lineterminator="\n")

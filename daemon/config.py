@@ -247,7 +247,15 @@ def load_config(path: Path) -> StationConfig:
 
 def load_addresses(path: Path) -> Addresses:
     """Read a configuration just far enough to find its daemon, whatever else is wrong in it. Raises ConfigError."""
-    return _load(path, Addresses)[1]
+    addresses = _load(path, Addresses)[1]
+    # systemd tells its folders to the service only; an operator's shell looks where the unit puts them.
+    for variable, parent, service in (
+        ("RUNTIME_DIRECTORY", "/run/inspectord", f"/run/inspectord/{addresses.station}"),
+        ("STATE_DIRECTORY", "/var/lib/inspectord", "/var/lib/inspectord"),
+    ):
+        if (Path(parent) / addresses.station).is_dir():
+            os.environ.setdefault(variable, service)
+    return addresses
 
 
 def _load(path: Path, kind: type[_Loaded]) -> tuple[Document, _Loaded]:
