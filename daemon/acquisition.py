@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import structlog
 
 from daemon.channels import Channel, Closed, Grabbed, Probe, Swap
 from daemon.events import EventKind, Events
-from daemon.ledger import Entry, Ledger, Ticket
+from daemon.ledger import Entry, Ledger, Revoked, Ticket
 from daemon.ring import FrameRing, Slot
 from daemon.supervision import Backoff, Call
 from drivers.camera import Camera, CameraError, CameraLost, EndOfStream, Fires
@@ -36,37 +37,33 @@ class CameraState:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Trigger:
-    """A trigger that somebody asked for."""
-
-    id: str | None
-    part: str | None
-    asked_ns: int
-    """Host monotonic clock: its verdict's deadline counts from here."""
-
-
 class Triggers:
-    """Triggers that wait for the camera; at most so many that none grows old."""
+    """Triggers that were asked for and numbered, and wait for the camera."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Trigger] = deque()
+        self._waiting: deque[Entry] = deque()
         self._changed = threading.Condition()
+        self._closed = False
 
-    def ask(self, trigger: Trigger) -> bool:
-        """Append a trigger; False when too many wait already."""
+    def ask(self, number: Callable[[], Entry]) -> bool:
+        """Number a trigger and append it; False when too many wait already, or when none is taken any more."""
         with self._changed:
-            if len(self._waiting) >= _WAITING_TRIGGERS:
+            if self._closed or len(self._waiting) >= _WAITING_TRIGGERS:
                 return False
-            self._waiting.append(trigger)
+            self._waiting.append(number())
             self._changed.notify()
             return True
 
-    def take(self, timeout_s: float) -> Trigger | None:
+    def take(self, timeout_s: float) -> Entry | None:
         """Take the oldest, waiting up to `timeout_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting, timeout_s)
             return self._waiting.popleft() if self._waiting else None
+
+    def close(self) -> None:
+        """Take no more."""
+        with self._changed:
+            self._closed = True
 
 
 class Line:
@@ -82,8 +79,17 @@ class Line:
         self.paused = threading.Event()
         self.probe_wanted = 0
         self.state = CameraState()
-        self.last_frame_s = 0.0
-        """Host monotonic clock when the last frame came."""
+
+    def refuse_triggers(self, why: str) -> None:
+        """Answer triggers that wait for a camera that is away: each has a part in front of it."""
+        while (entry := self.triggers.take(0)) is not None:
+            self.ledger.settle(entry, Inspection(Outcome.INVALID, Reason.CAMERA, why))
+
+    def end(self, why: str) -> None:
+        """Take nothing more."""
+        self.triggers.close()
+        self.refuse_triggers(why)
+        self.ledger.end()
 
     def send(self, item: Grabbed | Probe | Swap) -> None:
         """Hand something to whichever generation of the engine's thread is there."""
@@ -104,7 +110,7 @@ class Acquisition:
         camera: Camera,
         line: Line,
         *,
-        wait_when_full: bool,
+        wait_when_full: Callable[[], bool],
         after_hang: bool,
         events: Events,
         next_camera: Callable[[], Camera | None],
@@ -137,12 +143,12 @@ class Acquisition:
         """The trigger whose frame has not come yet."""
 
     def run(self) -> None:
-        """Grab until told to stop or until a finite source ends; then nothing more is numbered."""
+        """Grab until told to stop or until a finite source ends; then nothing more is numbered. Raises Revoked."""
         line = self._line
         failures = 0
         while not line.stop.is_set():
             if line.paused.is_set():
-                self._refuse_triggers("the line is paused")
+                line.refuse_triggers("the line is paused")
                 self._pass_probe()
                 line.stop.wait(GRAB_TIMEOUT_S)
                 continue
@@ -152,14 +158,15 @@ class Acquisition:
                 self._grab_while_it_lasts()
             except EndOfStream:
                 self._log.info("end of stream")
+                self._answer_open_trigger("the stream has ended")
                 break
             except CameraError as error:
+                self._answer_open_trigger(str(error))
                 if not (self.camera.live or isinstance(error, CameraLost)):
                     raise  # files do not come back by themselves
                 failures += 1
                 if self.after_hang and failures >= _REOPENS_AFTER_HANG:
                     raise
-                self._answer_open_trigger(error)
                 self._camera_failed(error)
             finally:
                 with self.call.running():
@@ -167,11 +174,20 @@ class Acquisition:
                 if not self.ticket.revoked:
                     line.state = replace(line.state, connected=False)
             self.camera = self._next_camera() or self.camera
-        self._refuse_triggers("the line is stopping")
-        line.ledger.end()
+        line.end("the line is stopping")
+
+    @contextmanager
+    def _driver(self) -> Iterator[None]:
+        """Be inside the driver; a generation that was abandoned there does nothing more when it comes back."""
+        try:
+            with self.call.running():
+                yield
+        finally:
+            if self.ticket.revoked:
+                raise Revoked
 
     def _open(self) -> None:
-        with self.call.running():
+        with self._driver():
             info = self.camera.open()
         state = self._line.state
         again = state.source is not None
@@ -192,46 +208,50 @@ class Acquisition:
             self._pass_probe()
             replacement = self._next_camera()
             if replacement is not None:
-                with self.call.running():
+                with self._driver():
                     self.camera.close()
                 self.camera = replacement
                 self._open()
 
     def _grab(self) -> list[Frame]:
-        with self.call.running():
+        with self._driver():
             return self.camera.grab(GRAB_TIMEOUT_S)
 
     def _trigger_one(self) -> None:
         """Fire one trigger, numbered before it is fired, and wait for its frame."""
-        line, source = self._line, self._line.state.source or ""
+        line = self._line
         if self.camera.fires is Fires.ON_COMMAND:
-            trigger = line.triggers.take(GRAB_TIMEOUT_S)
-            if trigger is None:
+            entry = line.triggers.take(GRAB_TIMEOUT_S)
+            if entry is None:
                 return
-            frame = Frame(FrameStatus.PENDING, source, arrived_ns=trigger.asked_ns)
-            entry = line.ledger.open(self.ticket, frame, trigger=trigger.id, part=trigger.part)
             self.waiting_entry = entry
-            while not self._ready():
+            while not entry.is_late() and not self._ready():
                 self._pass_probe()
-                if line.stop.is_set() or entry.is_late():
-                    why = "the camera was not ready for the trigger"
-                    line.ledger.settle(entry, Inspection(Outcome.INVALID, Reason.TIMEOUT, why))
+                if line.stop.is_set():
+                    break
+            else:
+                if not entry.is_late():
+                    self._fire(entry)
                     return
-        else:
-            if not self._ready():
-                return
-            self.waiting_entry = entry = line.ledger.open(self.ticket, Frame(FrameStatus.PENDING, source))
-        with self.call.running():
+            self._answer_open_trigger("the camera was not ready for the trigger", Reason.TIMEOUT)
+        elif self._ready():
+            self._fire(line.ledger.open(self.ticket, Frame(FrameStatus.PENDING, line.state.source or "")))
+
+    def _fire(self, entry: Entry) -> None:
+        self.waiting_entry = entry
+        with self._driver():
             self.camera.fire()
         while not (frames := self._grab()):
             self._pass_probe()
+            if self._line.stop.is_set() and entry.is_late():
+                return  # its verdict is out, and nobody waits for its frame
         self.waiting_entry = None
         # Frames that the camera counted and lost come first in the list; the trigger's own is the last.
         self._fill(entry, frames.pop())
         self._take_all(frames)
 
     def _ready(self) -> bool:
-        with self.call.running():
+        with self._driver():
             return self.camera.ready(GRAB_TIMEOUT_S)
 
     def _take_all(self, frames: list[Frame]) -> None:
@@ -249,7 +269,6 @@ class Acquisition:
     def _judge(self, entry: Entry) -> None:
         """Send a frame to the engine, or settle it at once when there is nothing to judge."""
         line, frame = self._line, entry.frame
-        line.last_frame_s = time.monotonic()
         self._backoff.succeeded()
         if frame.status is FrameStatus.COMPLETE and frame.image is not None:
             slot = self._lease(entry)
@@ -268,7 +287,7 @@ class Acquisition:
         )
 
     def _lease(self, entry: Entry) -> Slot | None:
-        if not self._wait_when_full:
+        if not self._wait_when_full():
             return self._line.ring.lease(0)
         while (slot := self._line.ring.lease(GRAB_TIMEOUT_S)) is None:
             if self.ticket.revoked:
@@ -282,10 +301,10 @@ class Acquisition:
             self._probe_sent = wanted
             self._line.send(Probe(wanted))
 
-    def _answer_open_trigger(self, error: CameraError) -> None:
+    def _answer_open_trigger(self, why: str, reason: Reason = Reason.CAMERA) -> None:
         entry, self.waiting_entry = self.waiting_entry, None
         if entry is not None:
-            self._line.ledger.settle(entry, Inspection(Outcome.INVALID, Reason.CAMERA, str(error)))
+            self._line.ledger.settle(entry, Inspection(Outcome.INVALID, reason, why))
 
     def _camera_failed(self, error: CameraError) -> None:
         line, pause_s = self._line, self._backoff.pause_s()
@@ -293,17 +312,11 @@ class Acquisition:
             self._events.say(EventKind.CAMERA, "the camera failed", error=str(error))
         line.state = replace(line.state, connected=False, error=str(error))
         self._log.info("camera will be reopened", in_s=round(pause_s, 3))
-        with self.call.running():
+        with self._driver():
             self.camera.close()
         deadline_s = time.monotonic() + pause_s
         while (left_s := deadline_s - time.monotonic()) > 0 and not line.paused.is_set():
-            self._refuse_triggers(str(error))
+            line.refuse_triggers(str(error))
             self._pass_probe()
             if line.stop.wait(min(left_s, GRAB_TIMEOUT_S)):
                 return
-
-    def _refuse_triggers(self, error: str) -> None:
-        """Answer triggers that come while the camera is away: each has a part in front of it."""
-        while (trigger := self._line.triggers.take(0)) is not None:
-            frame = Frame(FrameStatus.CAMERA, self._line.state.source or "", detail=error)
-            self._judge(self._line.ledger.open(self.ticket, frame, trigger=trigger.id, part=trigger.part))

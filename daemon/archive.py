@@ -5,7 +5,9 @@ The engine's thread copies an image that is wanted; another thread writes it, un
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import threading
 from collections import deque
@@ -23,6 +25,7 @@ from pipeline.inspect import Inspection, Outcome
 _WAITING_BYTES = 256 << 20
 """Copies that may wait for a slow disk; beyond that images are dropped, which is counted."""
 _VERDICT_WITHIN_S = 10.0
+_OURS = re.compile(r"\d{4}-\d{2}-\d{2}/\d{12}-(OK|NG|INVALID)\.(png|jpg|npy|json)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class _Copied:
     image: Image
     capture_as: Path | None
     kept: bool
+    snapshots: list[Future[tuple[bytes, int]]]
 
 
 @dataclass(slots=True)
@@ -96,21 +100,18 @@ class Archive:
         """Copy an image if anyone wants it; called by the engine's thread for every frame."""
         outcome = Outcome.INVALID if inspection is None else inspection.outcome
         with self._changed:
-            snapshots, self._snapshots = self._snapshots, []
             capture_as = self._capture_as(entry) if outcome is Outcome.OK else None
             kept = self._is_kept(outcome)
-        for snapshot in snapshots:
-            # Encoded here, rarely, and answered at once.
-            if entry.frame.pixel_format is not None and snapshot.set_running_or_notify_cancel():
-                snapshot.set_result((encode_image(image, entry.frame.pixel_format, "png")[0], entry.sequence))
-        if capture_as is None and not kept:
-            return
-        copied = _Copied(entry, inspection, image.copy(), capture_as, kept)
-        with self._changed:
+            snapshots = self._snapshots
+            if capture_as is None and not kept and not snapshots:
+                return
             if self._waiting and self._waiting_bytes + image.nbytes > _WAITING_BYTES:
                 self._failed("the disk is too slow for the images")
                 return
-            self._waiting.append(copied)
+            self._snapshots = []
+            if self._capture is not None and capture_as is not None:
+                self._capture.taken += 1
+            self._waiting.append(_Copied(entry, inspection, image.copy(), capture_as, kept, snapshots))
             self._waiting_bytes += image.nbytes
             self._changed.notify()
 
@@ -141,7 +142,6 @@ class Archive:
         capture = self._capture
         if capture is None or capture.taken >= capture.wanted:
             return None
-        capture.taken += 1
         return capture.folder / f"{entry.sequence:012d}"
 
     def _is_kept(self, outcome: Outcome) -> bool:
@@ -166,15 +166,21 @@ class Archive:
                 self._waiting_bytes -= copied.image.nbytes
             try:
                 self._write(copied)
-            except OSError as error:
-                self._failed(str(error))
+            except Exception as error:  # noqa: BLE001 - OpenCV, memory, disk: the picture is lost, and that is said
+                self._failed(f"{type(error).__name__}: {error}")
 
     def _write(self, copied: _Copied) -> None:
         entry, keep = copied.entry, self._keep
         fmt = entry.frame.pixel_format
         if fmt is None:
             raise AssertionError("a judged frame has a pixel format")
+        wanted = [future for future in copied.snapshots if future.set_running_or_notify_cancel()]
+        if wanted:
+            png, _ = encode_image(copied.image, fmt, "png")
+            for future in wanted:
+                future.set_result((png, entry.sequence))
         if copied.capture_as is not None:
+            self._check_reserve(copied.capture_as, copied.image.nbytes)
             write_picture(copied.capture_as, Picture(copied.image, fmt, None, None), "png")
         if not copied.kept or keep is None:
             return
@@ -201,7 +207,8 @@ class Archive:
         groups: dict[Path, list[Path]] = {}
         try:
             for path in sorted(folder.glob("*/*")):
-                groups.setdefault(path.with_suffix(""), []).append(path)
+                if _OURS.fullmatch(f"{path.parent.name}/{path.name}"):  # whatever else lies there is not ours
+                    groups.setdefault(path.with_suffix(""), []).append(path)
             for paths in groups.values():
                 size = sum(path.stat().st_size for path in paths)
                 self._kept.append((paths, size))
@@ -211,25 +218,32 @@ class Archive:
 
     def _make_room(self, keep: Keep, bytes_needed: int) -> None:
         """Delete the oldest images until quota and reserve hold. Raises OSError when that is not enough."""
-        while self._kept and (self.bytes + bytes_needed > keep.quota_bytes or self._free(keep) < bytes_needed):
+        while self._kept and (
+            self.bytes + bytes_needed > keep.quota_bytes
+            or _free_bytes(keep.folder) < keep.reserve_bytes + bytes_needed
+        ):
             paths, size = self._kept.popleft()
             for path in paths:
                 path.unlink(missing_ok=True)
             self.bytes -= size
-            if not any(paths[0].parent.iterdir()):
+            with contextlib.suppress(OSError):  # other images are still in it, or somebody has tidied up
                 paths[0].parent.rmdir()
-        if self._free(keep) < bytes_needed:
-            raise OSError(f"{keep.folder}: less than {keep.reserve_bytes >> 20} MiB free on the disk")
+        self._check_reserve(keep.folder, bytes_needed)
 
-    def _free(self, keep: Keep) -> int:
-        """Return the free bytes beyond the reserve."""
-        folder = keep.folder
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free - keep.reserve_bytes
+    def _check_reserve(self, folder: Path, bytes_needed: int) -> None:
+        """Raise OSError when the disk has less room than what is left to others."""
+        reserve_bytes = 0 if self._keep is None else self._keep.reserve_bytes
+        if _free_bytes(folder) - reserve_bytes < bytes_needed:
+            raise OSError(f"{folder}: less than {reserve_bytes >> 20} MiB free on the disk")
 
     def _failed(self, error: str) -> None:
         self.dropped += 1
         if self.error != error:
             self.error = error
             self._events.say(EventKind.IMAGES, "an image could not be kept; inspection goes on", error=error)
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

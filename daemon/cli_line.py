@@ -53,7 +53,7 @@ def _ctl_options(
 def _control(context: typer.Context, config: Path | None) -> Iterator[Control]:
     from daemon.client import ClientKeys, Control
     from daemon.config import load_addresses
-    from daemon.keys import SERVER, KeyFolder
+    from daemon.keys import SERVER, KeyFolder, read_secret
 
     given, endpoint, secret, server_key = context.obj
     config = config or given
@@ -68,7 +68,7 @@ def _control(context: typer.Context, config: Path | None) -> Iterator[Control]:
         if secret is not None:
             if server_key is None and addresses is not None and addresses.security.keys is not None:
                 server_key = KeyFolder(addresses.security.keys).secret(SERVER)[0].decode()
-            keys = ClientKeys.read(secret, server_key or "")
+            keys = ClientKeys(*read_secret(secret), (server_key or "").encode())
         with Control(address, keys) as control:
             yield control
 

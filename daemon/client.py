@@ -23,6 +23,8 @@ _RECONNECT_MS = 20
 _ANSWER_S = 2.0
 """After so long a request is sent again: the daemon may have been restarted in between."""
 _LOOK_UP_MS = 100
+_AHEAD = 100_000
+"""Live verdicts that are kept while those before them are being asked for."""
 
 Verdict = dict[str, Any]
 
@@ -55,15 +57,15 @@ def _connected(
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
+    if kind == zmq.DEALER:
+        # Requests go to a daemon that is there; they do not wait for one that comes back and obeys them then.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
     socket.setsockopt(zmq.IPV6, "[" in endpoint)
-    if keys is not None and not endpoint.startswith("ipc://"):
-        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = (
-            keys.public,
-            keys.secret,
-            keys.server,
-        )
     try:
+        if keys is not None and not endpoint.startswith("ipc://"):
+            socket.curve_serverkey = keys.server
+            socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close()
@@ -119,7 +121,8 @@ class Subscription:
         """Live verdicts that came while those before them are being asked for."""
         self._request: tuple[str, float] | None = None
         self.missing: list[tuple[int, int]] = []
-        self._live_boot = ""
+        self._boots: set[str] = set()
+        """Of every verdict that was handed out."""
         self.boot: str | None = None
         """Of the last verdict; another one means that the daemon was restarted."""
         if start != "live":
@@ -167,13 +170,12 @@ class Subscription:
         message = json.loads(body)
         if topic == self._verdict_topic:
             sequence = message["sequence"]
-            if message["boot"] != self._live_boot:
-                self._live_boot = message["boot"]
-                if self._next is not None and sequence < self._next:
-                    self._next = sequence  # after a power cut numbers repeat, under another boot
+            if message["boot"] not in self._boots and self._next is not None and sequence < self._next:
+                self._next = sequence  # after a power cut numbers repeat, under another boot
             if self._next is None and self._request is None:
                 self._next = sequence
-            self._ahead[sequence] = message
+            if len(self._ahead) < _AHEAD:  # more than that are asked for again
+                self._ahead[sequence] = message
             self._deliver()
             if self._next is not None and sequence > self._next:
                 self._ask_once()
@@ -207,6 +209,7 @@ class Subscription:
             verdict = self._ahead.pop(self._next, None)
             if verdict is not None:
                 self._ready.append(verdict)
+                self._boots.add(verdict["boot"])
                 self._next += 1
             elif self._next in gone:
                 self._next = gone[self._next] + 1
@@ -222,8 +225,13 @@ class Subscription:
     def _ask(self) -> None:
         request_id = uuid.uuid4().hex
         wanted = {} if self._next is None else {"from": self._next}
-        self._replay.send_multipart([json.dumps({"id": request_id, "replay": wanted}).encode()])
-        self._request = (request_id, time.monotonic())
+        body = json.dumps({"id": request_id, "replay": wanted}).encode()
+        asked_s = time.monotonic()
+        try:
+            self._replay.send_multipart([body], flags=zmq.DONTWAIT)
+        except zmq.Again:  # not connected now: tried again at the next look
+            asked_s -= _ANSWER_S
+        self._request = (request_id, asked_s)
 
 
 class Control:
@@ -245,8 +253,11 @@ class Control:
         """Send a command; return its result and what came with it. Raises RequestFailed."""
         request_id = str(arguments.pop("id", None) or uuid.uuid4().hex)
         body = json.dumps({"id": request_id, "command": command, **arguments}).encode()
-        self._socket.send_multipart([body])
         deadline_s = time.monotonic() + timeout_s
+        while self._socket.poll(0):  # answers to questions that nobody waits for any more
+            self._socket.recv_multipart()
+        if self._socket.poll(int(timeout_s * 1000), zmq.POLLOUT):
+            self._socket.send_multipart([body], flags=zmq.DONTWAIT)
         while (left_s := deadline_s - time.monotonic()) > 0:
             if not self._socket.poll(int(left_s * 1000) + 1):
                 break

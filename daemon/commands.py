@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol, assert_never
 
 import msgspec
 
-from daemon.acquisition import Line, Trigger
+from daemon.acquisition import Line
 from daemon.archive import Archive
 from daemon.events import EventKind, Events
 from daemon.journal import Journal, Query, read_journal
+from daemon.ledger import Entry, Ticket
 from daemon.messages import HealthMessage
 from daemon.publishing import Publishing
 from daemon.reload import ReloadRefused
-from daemon.replies import Capture, Command, Pause, Reload, Resume, Snapshot, Status, Stop
-from daemon.replies import Trigger as TriggerCommand
+from daemon.replies import Capture, Command, Pause, Reload, Resume, Snapshot, Status, Stop, Trigger
 from daemon.serving import Answer, Refused
 from daemon.tally import Tally
 from drivers.camera import Fires
+from drivers.frame import Frame, FrameStatus
 
 
 class Controlled(Protocol):
@@ -58,6 +58,7 @@ class Commands:
         self._archive = archive
         self._publishing = publishing
         self._journal = journal
+        self._ticket = Ticket()
 
     def carry_out(self, command: Command) -> Answer | Future[Answer]:
         """Do what a command says, at once or later. Raises Refused."""
@@ -65,7 +66,7 @@ class Commands:
             case Status():
                 status = msgspec.to_builtins(self._station.health_message())
                 return Answer({**status, "capture": self._archive.capture_progress})
-            case TriggerCommand():
+            case Trigger():
                 return self._trigger(command)
             case Pause():
                 self._line.paused.set()
@@ -95,19 +96,24 @@ class Commands:
 
     def verdicts(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
         """Yield what journal and memory hold of a range, in order. Raises JournalError."""
-        found: dict[int, bytes] = {}
-        if self._journal is not None and self._journal.path.is_file():
-            found.update(read_journal(self._journal.path, Query(first_sequence=first, last_sequence=last)))
-        found.update(self._publishing.recent(first, last))
+        found = dict(self._publishing.recent(first, last))
+        # Memory first: a journal that cannot be read must not keep what is there from those who ask.
+        if self._journal is not None and len(found) < last - first + 1 and self._journal.path.is_file():
+            found |= dict(read_journal(self._journal.path, Query(first_sequence=first, last_sequence=last)))
         yield from sorted(found.items())
 
-    def _trigger(self, command: TriggerCommand) -> Answer:
+    def _trigger(self, command: Trigger) -> Answer:
         if self._station.fires() is not Fires.ON_COMMAND:
             raise Refused("this camera is not triggered by command; set camera.trigger: command")
         if self._line.paused.is_set() or self._line.stop.is_set():
             raise Refused("the line is paused or stopping")
-        if not self._line.triggers.ask(Trigger(command.id, command.part, time.monotonic_ns())):
-            raise Refused("too many triggers wait for the camera")
+
+        def number() -> Entry:
+            fired = Frame(FrameStatus.PENDING, self._line.state.source or "")
+            return self._line.ledger.open(self._ticket, fired, trigger=command.id, part=command.part)
+
+        if not self._line.triggers.ask(number):
+            raise Refused("too many triggers wait for the camera, or the line is stopping")
         return Answer({"trigger": command.id, "part": command.part})
 
     def _reload(self) -> Answer:
@@ -122,7 +128,7 @@ class Commands:
         def taken(snapshot: Future[tuple[bytes, int]]) -> None:
             if snapshot.cancelled():
                 answer.cancel()
-            else:
+            elif answer.set_running_or_notify_cancel():  # else nobody waits for it any more
                 png, sequence = snapshot.result()
                 answer.set_result(Answer({"sequence": sequence, "bytes": len(png)}, png))
 
@@ -147,9 +153,12 @@ def _in_a_thread(work: Any) -> Future[Answer]:
 
     def run() -> None:
         try:
-            answer.set_result(work())
+            result = work()
         except BaseException as error:  # noqa: BLE001 - becomes the reply
             answer.set_exception(error)
+        else:
+            answer.set_result(result)
 
+    answer.set_running_or_notify_cancel()
     threading.Thread(target=run, name="command", daemon=True).start()
     return answer

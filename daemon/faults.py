@@ -95,6 +95,7 @@ class FaultyCamera:
     def __init__(self, camera: Camera, faults: Faults) -> None:
         self._camera, self._faults = camera, faults
         self.fires: Fires = camera.fires
+        self.signals_pass = camera.signals_pass
 
     def open(self) -> CameraInfo:
         """Open the real camera."""
@@ -117,6 +118,10 @@ class FaultyCamera:
         if self._faults.happens(Fault.CAMERA_BROKEN):
             raise RuntimeError("ordered: a fault in the driver")
         return self._camera.grab(timeout_s)
+
+    def signal_pass(self) -> None:
+        """Signal with the real camera."""
+        self._camera.signal_pass()
 
     def close(self) -> None:
         """Close the real camera."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import asdict
 
@@ -22,7 +23,7 @@ _RATE_WINDOW_S = 5.0
 
 
 class Health:
-    """Puts health messages together. Used by one thread at a time."""
+    """Puts health messages together, for the supervisor and for whoever asks."""
 
     def __init__(
         self,
@@ -45,12 +46,15 @@ class Health:
         self._journal = journal
         self._archive = archive
         self._events = events
+        self._lock = threading.Lock()
         self._began_s = time.monotonic()
         self._seen_at = [(self._began_s, 0)]
         self.device: str | None = None
 
     def message(self, totals: Totals, state: str, judged_by: JudgedBy, restarts: dict[str, int]) -> HealthMessage:
         """Describe the station now."""
+        with self._lock:
+            camera = self._camera(totals)
         return HealthMessage(
             schema=HEALTH_SCHEMA,
             station=self._station,
@@ -64,8 +68,8 @@ class Health:
             invalid=totals.invalid,
             in_flight=totals.in_flight,
             invalid_reasons=totals.reasons,
-            last_sequence=totals.last_sequence,
-            camera=self._camera(totals),
+            last_sequence=max(totals.last_sequence, self._publishing.published_before),
+            camera=camera,
             device=self.device,
             model=judged_by.model,
             calibration=judged_by.calibration,
@@ -102,7 +106,7 @@ class Health:
             written=journal.written,
             given_up=journal.given_up,
             lagging=journal.lagging,
-            error=journal.error,
+            error=journal.error or journal.flush_error,
             commit_p50_us=p50,
             commit_p99_us=p99,
         )

@@ -37,7 +37,9 @@ def encode_image(image: Image, fmt: PixelFormat, wanted: ImageFormat) -> tuple[b
     options = [cv2.IMWRITE_PNG_COMPRESSION, _PNG_COMPRESSION]
     if wanted == "jpeg":
         options = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-    _, encoded = cv2.imencode(".png" if wanted == "png" else ".jpg", np.ascontiguousarray(pixels), options)
+    done, encoded = cv2.imencode(".png" if wanted == "png" else ".jpg", np.ascontiguousarray(pixels), options)
+    if not done:
+        raise OSError(f"OpenCV cannot write {image.shape} as {wanted}")
     return encoded.tobytes(), fmt
 
 

@@ -21,6 +21,8 @@ from daemon.events import EventKind, Events
 
 FLUSH_PERIOD_S = 0.05
 _RETRY_S = 2.0
+_BUSY_MS = 200
+_READ_ROWS = 1000
 _BATCH = 256
 _WAITING = 10_000
 """Verdicts that may wait for a journal that stands still; the oldest are given up, and counted."""
@@ -89,11 +91,12 @@ class Journal:
         self._changed = threading.Condition()
         self._closing = False
         self._connection: sqlite3.Connection | None = None
-        self._trimmed_s = 0.0
+        self._trimmed_s = self._shortened_s = 0.0
         self._dirty = threading.Event()
         self.lagging = False
         """It could not take a verdict in time and has not caught up: nobody should wait for it."""
         self.error: str | None = None
+        self.flush_error: str | None = None
         self.written = 0
         self.given_up = 0
         """Verdicts that never came into the journal."""
@@ -132,7 +135,9 @@ class Journal:
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, timeout=0.2, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            self.path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False
+        )
         try:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -170,8 +175,7 @@ class Journal:
                     self._connection = self._open()
                 self._write(self._connection, batch)
                 self._trim(self._connection)
-                if self._log_bytes() > _LARGEST_LOG_BYTES:
-                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._shorten_log(self._connection)
             except (sqlite3.Error, OSError) as error:
                 self._failed(error)
                 retry_s = time.monotonic() + _RETRY_S
@@ -193,7 +197,10 @@ class Journal:
             return
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany(
-            "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
+            # A number that repeats under another boot (after a power cut) is another part.
+            "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sequence) DO UPDATE SET "
+            "time_ns = excluded.time_ns, boot = excluded.boot, verdict = excluded.verdict, "
+            "reason = excluded.reason, score = excluded.score, body = excluded.body WHERE boot != excluded.boot",
             [(r.sequence, r.time_ns, r.boot, r.verdict, r.reason, r.score, r.body) for r in batch],
         )
         connection.execute("COMMIT")
@@ -231,6 +238,16 @@ class Journal:
                 error=str(error),
             )
 
+    def _shorten_log(self, connection: sqlite3.Connection) -> None:
+        """Checkpoint here when the log has grown all the same; without waiting for whoever reads it."""
+        now_s = time.monotonic()
+        if now_s - self._shortened_s < _TRIM_PERIOD_S or self._log_bytes() <= _LARGEST_LOG_BYTES:
+            return
+        self._shortened_s = now_s
+        connection.execute("PRAGMA busy_timeout=0")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        connection.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+
     def _trim(self, connection: sqlite3.Connection) -> None:
         """Delete what is too old or too much, a little at a time."""
         now_s = time.monotonic()
@@ -242,12 +259,12 @@ class Journal:
             connection.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("page_count", "freelist_count", "page_size")
         )
-        condition, values = "time_ns < ?", (oldest_ns,)
+        condition, order, values = "time_ns < ?", "time_ns", (oldest_ns,)  # both by an index
         if (pages - free) * page_bytes > self._retention.largest_bytes:
-            condition, values = "?", (1,)
+            condition, order, values = "?", "sequence", (1,)
         deleted = connection.execute(
             f"DELETE FROM verdicts WHERE sequence IN (SELECT sequence FROM verdicts WHERE {condition} "
-            f"ORDER BY sequence LIMIT {_TRIM_ROWS})",
+            f"ORDER BY {order} LIMIT {_TRIM_ROWS})",
             values,
         ).rowcount
         if deleted:
@@ -268,15 +285,16 @@ class Journal:
             except FileNotFoundError:
                 continue  # a checkpoint at the end has removed it
             except (OSError, sqlite3.Error) as error:
-                if self.error is None:
-                    self._failed_to_flush(error)
+                self._failed_to_flush(error)
+            else:
+                self.flush_error = None
             self._written_all.wait(max(0.0, FLUSH_PERIOD_S - (time.monotonic() - began_s)))
 
     def _failed_to_flush(self, error: Exception) -> None:
-        self.error = str(error)
-        self._events.say(
-            EventKind.JOURNAL, "the journal cannot be flushed to the disk", level="error", error=str(error)
-        )
+        if self.flush_error != str(error):
+            self.flush_error = str(error)
+            said = "the journal cannot be flushed to the disk; a power cut would lose verdicts"
+            self._events.say(EventKind.JOURNAL, said, level="error", error=str(error))
 
     def _log_bytes(self) -> int:
         return self._log.stat().st_size if self._log.exists() else 0
@@ -312,7 +330,8 @@ def read_journal(path: Path, query: Query) -> Iterator[tuple[int, bytes]]:
     """Yield (sequence, body) in the order of sequence, also while a daemon writes. Raises JournalError."""
     if not path.is_file():
         raise JournalError(f"{path.absolute()}: no journal there")
-    conditions, values = ["sequence >= ?"], [query.first_sequence]
+    conditions: list[str] = ["sequence >= ?"]
+    values: list[int | str] = []
     named: tuple[tuple[str, int | str | None], ...] = (
         ("sequence <= ?", query.last_sequence),
         ("time_ns >= ?", query.since_ns),
@@ -323,13 +342,18 @@ def read_journal(path: Path, query: Query) -> Iterator[tuple[int, bytes]]:
     for condition, value in named:
         if value is not None:
             conditions.append(condition)
-            values.append(value)  # type: ignore[arg-type]
+            values.append(value)
+    statement = f"SELECT sequence, body FROM verdicts WHERE {' AND '.join(conditions)} ORDER BY sequence LIMIT ?"
+    left, first = -1 if query.limit is None else query.limit, query.first_sequence
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2)) as db:
-            yield from db.execute(
-                f"SELECT sequence, body FROM verdicts WHERE {' AND '.join(conditions)} "
-                f"ORDER BY sequence LIMIT {-1 if query.limit is None else query.limit}",
-                values,
-            )
+            # A piece at a time: a reader that holds its transaction open would keep the log from being shortened.
+            while left:
+                rows = min(_READ_ROWS, left) if left > 0 else _READ_ROWS
+                piece = db.execute(statement, (first, *values, rows)).fetchall()
+                yield from piece
+                if len(piece) < rows:
+                    return
+                first, left = piece[-1][0] + 1, left - rows if left > 0 else left
     except sqlite3.Error as error:
         raise JournalError(f"{path.absolute()}: {error}") from error

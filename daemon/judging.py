@@ -8,8 +8,9 @@ from concurrent.futures import Future
 from dataclasses import asdict
 
 import structlog
+import torch
 
-from daemon.channels import Channel, Grabbed, Probe, Swap
+from daemon.channels import Channel, Closed, Grabbed, Probe, Swap
 from daemon.events import EventKind, Events
 from daemon.ledger import Entry, JudgedBy, Ledger
 from daemon.ring import FrameRing, Slot
@@ -57,13 +58,18 @@ class Judging:
         """What is being judged."""
         self.call = Call()
         """Runs while the thread is inside the engine."""
+        self.building = Call()
+        """Runs while the engine is made."""
+        self.abandoned = False
+        """The supervisor has replaced this generation, and its slots."""
         self.ready: Future[Inspector] = Future()
         """Done when the engine can judge; holds the exception when it could not be made."""
 
     def run(self) -> None:
         """Make the engine, then judge until the channel is closed."""
         try:
-            inspector = self._make_inspector()
+            with self.building.running():
+                inspector = self._make_inspector()
             self._now_judging(inspector)
         except BaseException as error:
             self.ready.set_exception(error)
@@ -74,10 +80,11 @@ class Judging:
             if isinstance(item, Grabbed):
                 self.current = item
                 self._judge(inspector, item)
-                self.current = None
             elif isinstance(item, Swap):
                 if item.done.set_running_or_notify_cancel():
                     inspector = item.inspector
+                    if item.threads is not None:
+                        torch.set_num_threads(item.threads)
                     self._now_judging(inspector)
                     item.done.set_result(None)
             else:
@@ -109,9 +116,11 @@ class Judging:
                 self._too_late(entry, inspection)
         self._tap(entry, image, inspection)
         # One frame later than its verdict: the check for frozen frames still compares with this one.
-        if self._previous is not None:
-            self._ring.give_back(self._previous)
-        self._previous = item.slot
+        if self.abandoned:
+            raise Closed
+        previous, self._previous, self.current = self._previous, item.slot, None
+        if previous is not None:
+            self._ring.give_back(previous)
         if inspection is not None:
             self._look_at(entry, inspection)
 
@@ -128,7 +137,6 @@ class Judging:
         failed = inspection.reason is Reason.ENGINE and inspection.error is not None
         self._errors_in_a_row = self._errors_in_a_row + 1 if failed else 0
         if self._errors_in_a_row >= _ENGINE_ERRORS_IN_A_ROW:
-            self.current = None
             raise EngineFailing(f"{self._errors_in_a_row} frames in a row: {inspection.detail}")
 
     def _too_late(self, entry: Entry, inspection: Inspection) -> None:

@@ -148,7 +148,7 @@ class Security:
         """Read the keys. Raises KeysError."""
         self._folder = None if folder is None else KeyFolder(folder)
         self._server = None if self._folder is None else self._folder.secret(SERVER)
-        self._clients = self._read()
+        self._clients = self.read()
         self._authenticator: ThreadAuthenticator | None = None
 
     def start(self, context: zmq.Context[Any]) -> None:
@@ -181,16 +181,13 @@ class Security:
         if encrypted:
             socket.curve_publickey, socket.curve_secretkey = self._server
 
-    def check(self) -> None:
-        """Raise KeysError when the clients cannot be read now."""
-        self._read()
-
-    def reload(self) -> bool:
-        """Read the clients again; True when one has lost a right, so that its connections must end."""
-        before, self._clients = self._clients, self._read()
+    def install(self, clients: dict[bytes, Client]) -> bool:
+        """Take clients over; True when one has lost a right, so that its connections must end."""
+        before, self._clients = self._clients, clients
         return any(
             key not in self._clients or client.rights - self._clients[key].rights for key, client in before.items()
         )
 
-    def _read(self) -> dict[bytes, Client]:
+    def read(self) -> dict[bytes, Client]:
+        """Read the clients by their public keys. Raises KeysError."""
         return {} if self._folder is None else {client.public: client for client in self._folder.clients()}

@@ -49,6 +49,8 @@ class Entry:
     frame: Frame
     due_ns: int | None
     """Host monotonic clock when its verdict must go out; None: it may take its time."""
+    margin_ns: int
+    """From then to its deadline."""
     judged_by: JudgedBy
     inspection: Inspection | None = None
     judging_began_ns: int = 0
@@ -104,7 +106,7 @@ class Ledger:
             if ticket.revoked:
                 raise Revoked
             frame.sequence = self._sequences.next()
-            entry = self._append(frame, self._due_ns(frame.arrived_ns))
+            entry = self._append(frame, self._deadline_ms())
             entry.trigger, entry.part = trigger, part
             self._changed.notify_all()  # the publisher has a deadline to look at
             return entry
@@ -201,13 +203,10 @@ class Ledger:
         with self._changed:
             return self._ended and not self._open
 
-    def revoke(self, ticket: Ticket, reason: Reason, detail: str) -> None:
-        """Take an abandoned generation's right to number away; its open triggers get a reason."""
+    def revoke(self, ticket: Ticket) -> None:
+        """Take an abandoned generation's right to number away."""
         with self._changed:
             ticket.revoked = True
-            for entry in self._open:
-                if entry.inspection is None and entry.frame.status is FrameStatus.PENDING:
-                    entry.inspection = Inspection(Outcome.INVALID, reason, detail)
             self._changed.notify_all()
 
     def audit(self) -> tuple[Totals, int]:
@@ -215,15 +214,13 @@ class Ledger:
         with self._changed:
             return self._tally.totals(), len(self._open)
 
-    def _append(self, frame: Frame, due_ns: int | None) -> Entry:
-        entry = Entry(frame, due_ns, self.judged_by)
+    def _append(self, frame: Frame, deadline_ms: float | None) -> Entry:
+        due_ns, margin_ns = None, 0
+        if deadline_ms is not None:
+            deadline_ns = int(deadline_ms * 1e6)
+            margin_ns = min(int(_MARGIN_SHARE * deadline_ns), _LARGEST_MARGIN_NS)
+            due_ns = frame.arrived_ns + deadline_ns - margin_ns
+        entry = Entry(frame, due_ns, margin_ns, self.judged_by)
         self._open.append(entry)
         self._tally.saw()
         return entry
-
-    def _due_ns(self, from_ns: int) -> int | None:
-        deadline_ms = self._deadline_ms()
-        if deadline_ms is None:
-            return None
-        deadline_ns = int(deadline_ms * 1e6)
-        return from_ns + deadline_ns - min(int(_MARGIN_SHARE * deadline_ns), _LARGEST_MARGIN_NS)

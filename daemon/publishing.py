@@ -59,6 +59,7 @@ class Publishing:
         events: Events,
         journal_wait_ms: float,
         alarm_after: Callable[[], int | None],
+        passed: Callable[[int], None] | None,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         """Prepare; sockets are bound by `run`.
@@ -76,6 +77,7 @@ class Publishing:
             events: told of alarms and unjournaled verdicts.
             journal_wait_ms: how long a verdict waits for its commit, if its deadline allows.
             alarm_after: rejects in a row that raise an alarm; None: never.
+            passed: told of each OK once it is sent; None: nobody wants to know.
             log: for each verdict at level debug.
         """
         self._station, self._boot = station, boot
@@ -89,6 +91,7 @@ class Publishing:
         self._events = events
         self._journal_wait_ns = int(journal_wait_ms * 1e6)
         self._alarm_after = alarm_after
+        self._passed = passed
         self._log = log
         self._rebind = threading.Event()
         self._rejects_in_a_row = 0
@@ -169,6 +172,8 @@ class Publishing:
             verdicts.send_multipart([self._topic("verdict"), entry.body])
             self._remember(entry)
             entry.sent = True
+            if self._passed is not None and inspection.outcome is Outcome.OK:
+                self._passed(entry.sequence)
         self.last_sent_ns = time.monotonic_ns()
         inspected = inspection.outcome is not Outcome.INVALID
         self._ledger.done(entry, msgspec.structs.astuple(latency) if inspected else None)
@@ -203,11 +208,11 @@ class Publishing:
         journal.submit(record)
         wait_ns = self._journal_wait_ns
         if entry.due_ns is not None:
-            wait_ns = min(wait_ns, entry.due_ns + _AFTER_DUE_NS - began_ns)
+            wait_ns = min(wait_ns, entry.due_ns + entry.margin_ns // 2 - began_ns)
         if record.wait(0.0 if journal.lagging else wait_ns / 1e9):
             self._tally.committed((time.monotonic_ns() - began_ns) // 1000)
             return record.body
-        if not journal.lagging:
+        if wait_ns > _FAIR_WAIT_NS and not journal.lagging:
             journal.lag()
         record.body = encode(self._message(entry, inspection, latency, journaled=False))
         return record.body
@@ -280,8 +285,8 @@ class Publishing:
         return f"{kind}/{self._station}/".encode()
 
 
-_AFTER_DUE_NS = 2_000_000
-"""Part of the margin before the deadline that the journal may use."""
+_FAIR_WAIT_NS = 1_000_000
+"""A journal that was given less time than this is not called slow."""
 
 
 def _us(ns: int) -> int:

@@ -22,7 +22,7 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Status(_Request, frozen=True):
-    """What the last health message says, at once."""
+    """What a health message would say now."""
 
 
 class Trigger(_Request, frozen=True):
@@ -59,6 +59,9 @@ class Stop(_Request, frozen=True):
 
 
 Command = Status | Trigger | Pause | Resume | Reload | Snapshot | Capture | Stop
+
+LATER = Reload | Snapshot
+"""Commands that are answered when they are done."""
 
 
 class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"first": "from", "last": "to"}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from daemon.journal import JournalError
 from daemon.keys import Right, Security
 from daemon.messages import encode
 from daemon.replies import (
+    LATER,
     MAX_REQUEST_BYTES,
     BadRequest,
     Command,
@@ -35,6 +37,8 @@ _PIECE = 256
 """Verdicts in one message of a replay."""
 _REPLAYS_AT_ONCE = 8
 _ANSWERS_AT_ONCE = 32
+_ANSWERED_WITHIN_S = 300.0
+"""A snapshot of a line that stands still, a reload that hangs: nobody waits longer."""
 _REQUESTS_A_TURN = 64
 
 
@@ -64,6 +68,14 @@ class Controls(Protocol):
     def verdicts(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
         """Yield the published verdicts of a range that can still be had. Raises JournalError."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    route: list[bytes]
+    id: str
+    answer: Future[Answer]
+    until_s: float
 
 
 @dataclass(slots=True)
@@ -97,11 +109,9 @@ class Serving:
         self._log = log
         self._rebind, self._end = threading.Event(), threading.Event()
         self._streams: deque[_Stream] = deque()
-        self._awaited: list[tuple[list[bytes], str, Future[Answer]]] = []
+        self._awaited: list[_Awaited] = []
         self.ready: Future[None] = Future()
         """Done when every endpoint is bound; holds the exception when one could not be."""
-        self.refused = 0
-        """Requests that could not be understood."""
 
     def rebind(self) -> None:
         """Close every connection and let the clients come back, so that revoked keys end."""
@@ -161,54 +171,50 @@ class Serving:
         route, body = message[:-1], message[-1]
         try:
             command = read_command(body)
-            if len(self._awaited) >= _ANSWERS_AT_ONCE:
+            if isinstance(command, LATER) and len(self._awaited) >= _ANSWERS_AT_ONCE:
                 raise Refused("too many requests wait for their answers; ask again later")
             answer = self._controls.carry_out(command)
-        except BadRequest as error:
-            self.refused += 1
-            self._reply(socket, route, Reply(id_of(body), ok=False, error=str(error)))
-        except Refused as error:
+        except (BadRequest, Refused) as error:
             self._reply(socket, route, Reply(id_of(body), ok=False, error=str(error)))
         else:
             if isinstance(answer, Future):
-                self._awaited.append((route, command.id, answer))
+                self._awaited.append(_Awaited(route, command.id, answer, time.monotonic() + _ANSWERED_WITHIN_S))
             else:
                 self._answer(socket, route, command.id, answer)
 
     def _send_answers(self, socket: Socket) -> None:
+        now_s = time.monotonic()
         awaited, self._awaited = self._awaited, []
-        for route, request_id, future in awaited:
-            if not future.done():
-                self._awaited.append((route, request_id, future))
+        for item in awaited:
+            if not item.answer.done() and now_s < item.until_s:
+                self._awaited.append(item)
                 continue
-            error = None if future.cancelled() else future.exception()
-            if future.cancelled():
-                self._reply(socket, route, Reply(request_id, ok=False, error="the daemon is stopping"))
-            elif error is not None:
-                self._reply(socket, route, Reply(request_id, ok=False, error=str(error)))
+            if not item.answer.done():
+                item.answer.cancel()
+            if item.answer.cancelled():
+                gone = f"no answer within {_ANSWERED_WITHIN_S:g} s, or the daemon is stopping"
+                self._reply(socket, item.route, Reply(item.id, ok=False, error=gone))
+            elif (error := item.answer.exception()) is not None:
+                self._reply(socket, item.route, Reply(item.id, ok=False, error=str(error)))
             else:
-                self._answer(socket, route, request_id, future.result())
+                self._answer(socket, item.route, item.id, item.answer.result())
 
     def _answer(self, socket: Socket, route: list[bytes], request_id: str, answer: Answer) -> None:
         more = [] if answer.attachment is None else [answer.attachment]
         self._reply(socket, route, Reply(request_id, ok=True, result=answer.result), *more)
 
-    def _reply(self, socket: Socket, route: list[bytes], reply: msgspec.Struct, *more: bytes) -> bool:
-        """Send; a client that is gone or does not read gets nothing. Returns False when it does not read."""
+    def _reply(self, socket: Socket, route: list[bytes], reply: msgspec.Struct, *more: bytes) -> None:
+        """Send; a client that is gone or does not read gets nothing."""
         try:
             socket.send_multipart([*route, encode(reply), *more], flags=zmq.DONTWAIT)
-        except zmq.Again:
-            return False
         except zmq.ZMQError as error:
             self._log.debug("a client was gone before its answer", error=error.strerror)
-        return True
 
     def _begin_replay(self, socket: Socket, message: list[bytes]) -> None:
         route, body = message[:-1], message[-1]
         try:
             request = read_replay(body)
         except BadRequest as error:
-            self.refused += 1
             self._reply(socket, route, Reply(id_of(body), ok=False, error=str(error)))
             return
         if len(self._streams) >= _REPLAYS_AT_ONCE:

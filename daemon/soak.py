@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import resource
@@ -139,6 +140,14 @@ class SoakLine:
         self.process: subprocess.Popen[bytes] | None = None
         self.subscription = Subscription(verdicts, replay, _STATION, start=1)
         self.endpoints = [verdicts, maps, replay]
+        # Beside the client, which drops what it has seen: what was really sent, and sent twice.
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._raw = self._context.socket(zmq.SUB)
+        self._raw.setsockopt(zmq.RCVHWM, 0)
+        self._raw.setsockopt(zmq.RECONNECT_IVL, 20)
+        self._raw.connect(verdicts)
+        self._raw.subscribe(b"verdict/")
+        self._sent: set[int] = set()
         self.result = SoakResult()
         self._expected = 1
         self._began_s = time.monotonic()
@@ -168,11 +177,11 @@ class SoakLine:
     def receive(self, timeout_s: float) -> Verdict | None:
         """Take the next verdict and hold it against the promise."""
         verdict = self.subscription.next_verdict(timeout_s)
+        self._count_doubles()
         if verdict is None:
             return None
         result, sequence = self.result, verdict["sequence"]
-        if sequence < self._expected:
-            result.double += 1
+        result.double += sequence < self._expected
         result.lost += max(0, sequence - self._expected)
         self._expected = max(self._expected, sequence + 1)
         result.last_sequence = sequence
@@ -183,6 +192,12 @@ class SoakLine:
         result.late += verdict["reason"] != "restart" and verdict["latency_us"]["total"] > _DEADLINE_MS * 1000
         result.boots.add(verdict["boot"])
         return verdict
+
+    def _count_doubles(self) -> None:
+        while self._raw.poll(0):
+            sequence = json.loads(self._raw.recv_multipart()[1])["sequence"]
+            self.result.double += sequence in self._sent
+            self._sent.add(sequence)
 
     def receive_until(self, condition: Callable[[Verdict], bool], within_s: float = _RECOVERED_WITHIN_S) -> Verdict:
         """Receive until a verdict meets a condition; a process that ended is started again, as systemd would."""
@@ -213,6 +228,8 @@ class SoakLine:
             self.receive(0.1)
         while self.receive(0.5) is not None:
             pass
+        if self.process.poll() is None:
+            raise SoakFailed("the station did not end after SIGTERM")
         self.result.duration_s = time.monotonic() - self._began_s
 
     def close(self) -> None:
@@ -222,6 +239,7 @@ class SoakLine:
                 self.process.kill()
             self.process.wait()
         self.subscription.close()
+        self._context.destroy(linger=0)
 
 
 def _kill_9(line: SoakLine) -> None:
@@ -354,11 +372,16 @@ def soak(
         result.recovery_ms.setdefault(name, []).append((time.monotonic() - ordered_s) * 1000)
         if line.process is not None and line.process.poll() is None:
             line.look()
-        if result.lost or result.double:
-            raise SoakFailed(f"{result.lost} verdicts lost and {result.double} doubled after {name}")
+        _check(result, name)
         yield name, result
     line.stop()
+    _check(result, "the end")
     result.duration_s = time.monotonic() - began_s
+
+
+def _check(result: SoakResult, after: str) -> None:
+    if result.lost or result.double:
+        raise SoakFailed(f"{result.lost} verdicts lost and {result.double} doubled after {after}")
 
 
 def _judged(verdict: Verdict, after: int = 0) -> bool:

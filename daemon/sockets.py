@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from daemon.keys import Right, Security
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 LINGER_MS = 2000
+_FREE_AGAIN_S = 0.5
 _SOCKET_MODE = 0o660
 """Of ipc sockets: for the service's own user and group."""
 
@@ -30,13 +33,26 @@ def bind(socket: Socket, endpoints: Sequence[str], security: Security, right: Ri
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            socket.bind(endpoint)
+            _bind_patiently(socket, endpoint)
             if path is not None:
                 path.chmod(_SOCKET_MODE)
         except zmq.ZMQError as error:
             raise EndpointError(f"cannot bind {endpoint}: {error.strerror}") from error
         except OSError as error:
             raise EndpointError(f"cannot bind {endpoint}: {error}") from error
+
+
+def _bind_patiently(socket: Socket, endpoint: str) -> None:
+    """Bind; an address that our own closing socket still holds is free again in a moment."""
+    deadline_s = time.monotonic() + _FREE_AGAIN_S
+    while True:
+        try:
+            socket.bind(endpoint)
+            return
+        except zmq.ZMQError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline_s:
+                raise
+        time.sleep(_FREE_AGAIN_S / 50)
 
 
 def ipc_path(endpoint: str) -> Path | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import queue
 import secrets
 import threading
 import time
@@ -24,10 +26,11 @@ from daemon.events import EventKind, Events, Outbox
 from daemon.health import Health
 from daemon.journal import Journal, Retention
 from daemon.judging import Judging
-from daemon.keys import Security
+from daemon.keys import Client, KeysError, Security
 from daemon.ledger import Ledger
 from daemon.messages import HealthMessage
 from daemon.notify import Notifier
+from daemon.passing import Passing
 from daemon.publishing import Publishing
 from daemon.reload import ReloadRefused, check_changes
 from daemon.ring import FrameRing, Slot
@@ -46,6 +49,8 @@ _HEALTH_PERIOD_S = 1.0
 _DEFAULT_DEADLINE_MS = 5000.0
 _CONTROL_ITEMS = 8
 """Room in the engine's channel beside its frames, which the ring limits."""
+_ENGINE_BUILT_WITHIN_S = 180.0
+"""Loading and warming up; what takes longer hangs, and only a new process helps."""
 _OWN_SOCKETS = ("publisher", "server")
 _TEARDOWN_S = 5.0
 _GRABBER_STOPS_S = 5.0
@@ -85,7 +90,8 @@ class Station:
         self._camera = self._camera_for(config)
         self._security = Security(config.security.keys)
         self._notifier = Notifier()
-        self._attention = threading.Event()
+        # A queue, because unlike an Event it may be used in a signal handler that interrupts its own waiter.
+        self._attention: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._reloading = threading.Lock()
         self._new_camera: Camera | None = None
         self._restarts: Counter[str] = Counter()
@@ -99,18 +105,17 @@ class Station:
         self.tally = Tally()
         self._outbox = Outbox()
         self.events = Events(config.station, self.boot, self._outbox, self._log)
-        self.stop_wanted = threading.Event()
-        self._reload_wanted = threading.Event()
+        self._stop_wanted = self._reload_wanted = False
 
     def stop(self) -> None:
         """Stop grabbing, finish what is in flight, then `run` returns. Safe in a signal handler."""
-        self.stop_wanted.set()
-        self._attention.set()
+        self._stop_wanted = True
+        self._attention.put(None)
 
     def reload_soon(self) -> None:
         """Reload, and say in an event how it went. Safe in a signal handler."""
-        self._reload_wanted.set()
-        self._attention.set()
+        self._reload_wanted = True
+        self._attention.put(None)
 
     def run(self) -> Summary:
         """Inspect until the end.
@@ -138,6 +143,7 @@ class Station:
         self._line = Line(self._ledger, self._ring, self._engine_channel())
         self._journal = self._make_journal()
         self._archive = self._make_archive()
+        self._passing = Passing(lambda: self._camera.signal_pass(), self.events)
         self._publishing = self._make_publishing(context)
         self._health = Health(
             config, self.boot, self.tally, self._line, self._publishing, self._journal, self._archive, self.events
@@ -212,6 +218,7 @@ class Station:
             events=self.events,
             journal_wait_ms=0 if config.journal is False else config.journal.wait_ms,
             alarm_after=lambda: self._config.verdict.alarm_after_rejects,
+            passed=self._passing.passed if self._camera.signals_pass else None,
             log=self._log,
         )
 
@@ -240,6 +247,8 @@ class Station:
         self._publishing.ready.result()
         self._begin_simple("server", self._serving.run)
         self._serving.ready.result()
+        if self._camera.signals_pass:
+            self._begin_simple("passing", self._passing.run)
         self._begin_engine()
         self._health.device = self._engine_device()
         left = sequences.without_verdict()
@@ -273,7 +282,7 @@ class Station:
             raise StationFailed(f"the engine could not be made: {type(error).__name__}: {error}") from error
 
     def _begin(self, name: str, work: Callable[[], None]) -> None:
-        self._workers[name] = Worker(name, work, self._attention)
+        self._workers[name] = Worker(name, work, lambda: self._attention.put(None))
         self._workers[name].start()
 
     def _begin_simple(self, name: str, work: Callable[[], None]) -> None:
@@ -299,7 +308,7 @@ class Station:
         self._acquisition = Acquisition(
             self._camera,
             self._line,
-            wait_when_full=self._waits(),
+            wait_when_full=self._waits,
             after_hang=after_hang,
             events=self.events,
             next_camera=self._take_new_camera,
@@ -321,13 +330,13 @@ class Station:
         period_s = min(_HEALTH_PERIOD_S, hang_s / 4, *([watchdog_s / 4] if watchdog_s else []))
         health_due_s, watch_due_s, probe, last_moved = 0.0, 0.0, 0, -1
         while not self._ledger.over or self._workers["publisher"].is_alive():
-            self._attention.wait(self._nap_s(period_s))
-            self._attention.clear()
+            with contextlib.suppress(queue.Empty):
+                self._attention.get(timeout=self._nap_s(period_s))
             now_s = time.monotonic()
-            if self.stop_wanted.is_set():
+            if self._stop_wanted:
                 self._stopping(now_s)
-            elif self._reload_wanted.is_set():
-                self._reload_wanted.clear()
+            elif self._reload_wanted:
+                self._reload_wanted = False
                 threading.Thread(target=self._reload_and_say, name="reload", daemon=True).start()
             for name in [name for name, (due_s, _) in self._due.items() if now_s >= due_s]:
                 self._due.pop(name)[1]()
@@ -343,9 +352,11 @@ class Station:
                 watch_due_s = now_s + period_s / 2
                 moved = self.tally.totals().last_sequence
                 # Work that moved, or an idle probe that came all the way through: both prove every thread alive.
-                if moved != last_moved or self._publishing.probe_seen == probe:
+                arrived = self._publishing.probe_seen == probe
+                if moved != last_moved or arrived:
                     self._notifier.send("WATCHDOG=1")
                     last_moved = moved
+                if arrived:  # one probe at a time: they must not fill the channel of an engine that hangs
                     probe += 1
                     self._line.probe_wanted = probe
 
@@ -363,7 +374,8 @@ class Station:
         grabber = self._workers["acquisition"]
         if "acquisition" in self._due or (not grabber.is_alive() and grabber.failure is not None):
             self._due.pop("acquisition", None)
-            self._ledger.end()
+            self._abandon_acquisition()
+            self._line.end("the camera's driver failed")
         if now_s > self._stop_by_s and grabber.is_alive():
             # A vendor call hangs. What it has grabbed is still judged and published, without it.
             self._log.error("acquisition does not end; it is abandoned")
@@ -373,7 +385,7 @@ class Station:
 
     def _drain(self) -> None:
         """Let what was grabbed be judged and published."""
-        self._ledger.end()
+        self._line.end("the camera's driver does not answer")
         self._workers["publisher"].join(_TEARDOWN_S)
 
     def _watch(self, name: str, work: Callable[[], None]) -> None:
@@ -383,7 +395,7 @@ class Station:
 
     def _watch_acquisition(self, hang_s: float) -> None:
         grabber = self._workers["acquisition"]
-        if self.stop_wanted.is_set():
+        if self._stop_wanted:
             return
         if grabber.is_alive():
             if self._acquisition.call.hangs(hang_s):
@@ -407,11 +419,16 @@ class Station:
     def _abandon_acquisition(self) -> None:
         """Take the present generation's right to number; a trigger without a frame gets its verdict."""
         why = "the camera's driver does not answer"
-        self._ledger.revoke(self._acquisition.ticket, Reason.CAMERA, why)
+        self._ledger.revoke(self._acquisition.ticket)
+        entry = self._acquisition.waiting_entry
+        if entry is not None:
+            self._ledger.settle(entry, Inspection(Outcome.INVALID, Reason.CAMERA, why))
         self._line.state = replace(self._line.state, connected=False, error=why)
 
     def _watch_engine(self, hang_s: float) -> None:
         engine, judging = self._workers["engine"], self._judging
+        if engine.is_alive() and judging.building.hangs(_ENGINE_BUILT_WITHIN_S):
+            raise StationFailed(f"the engine could not be made within {_ENGINE_BUILT_WITHIN_S:g} s")
         hung = engine.is_alive() and judging.call.hangs(hang_s)
         if not hung and (engine.is_alive() or engine.failure is None):
             return
@@ -424,6 +441,9 @@ class Station:
             elif isinstance(item, Grabbed):
                 self._ledger.settle(item.entry, lost)
                 self._ring.give_back(item.slot)
+            else:
+                self._line.frames.put(item)  # the probe goes on through the next generation
+        judging.abandoned = True
         if judging.current is not None:
             self._ledger.settle(judging.current.entry, lost)
         for slot in judging.held_slots():
@@ -482,15 +502,16 @@ class Station:
         if not self._reloading.acquire(blocking=False):
             raise ReloadRefused("another reload is under way")
         try:
+            clients = self._read_clients()
             config, bundle, inspector, camera = self._prepare_reload(self._config_path)
-            swap = Swap(inspector)
+            swap = Swap(inspector, config.threads)
             self._line.send(swap)
             wait([swap.done], self._config.supervision.hang_s)
             if swap.done.cancel():  # or the engine has failed, and cancelled it
                 raise ReloadRefused("the engine does not take the new model now; try again")
             self._config, self._bundle = config, bundle
             self._new_camera = camera
-            if self._security.reload():
+            if self._security.install(clients):
                 self._publishing.rebind()
                 self._serving.rebind()
         finally:
@@ -510,10 +531,11 @@ class Station:
         try:
             config = load_config(path).model_copy(update={"state_dir": self._config.state_dir})
             check_changes(self._config, config)
-            self._security.check()
             bundle = read_bundle(config.model)
             inspector = self._make_inspector(config, bundle)
             camera = self._camera_for(config) if config.camera != self._config.camera else None
+            if camera is not None and camera.signals_pass != self._camera.signals_pass:
+                raise ReloadRefused("cannot change while running: camera.pass_output; restart the daemon for that")
         except ReloadRefused as error:
             self._refused(error)
             raise
@@ -521,6 +543,13 @@ class Station:
             self._refused(error)
             raise ReloadRefused(str(error)) from error
         return config, bundle, inspector, camera
+
+    def _read_clients(self) -> dict[bytes, Client]:
+        try:
+            return self._security.read()
+        except KeysError as error:
+            self._refused(error)
+            raise ReloadRefused(str(error)) from error
 
     def _refused(self, error: Exception) -> None:
         self.events.say(EventKind.RELOAD, "the reload was refused; the old one goes on", error=str(error))
@@ -543,6 +572,7 @@ class Station:
         deadline_s = time.monotonic() + _TEARDOWN_S
         self._line.frames.close()
         self._serving.end()
+        self._passing.end()
         if "publisher" in self._workers:  # it still hands verdicts to the journal
             self._workers["publisher"].join(_TEARDOWN_S)
         self._archive.close()

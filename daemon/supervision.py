@@ -38,15 +38,13 @@ class Failures:
     def __init__(self) -> None:
         self._at_s: deque[float] = deque(maxlen=_FAILURES)
         self._backoff = Backoff()
-        self.count = 0
 
     def happened(self) -> float:
-        """Count one; return the pause before the next generation begins."""
+        """Note one; return the pause before the next generation begins."""
         now_s = time.monotonic()
         if self._at_s and now_s - self._at_s[-1] > _WINDOW_S:
             self._backoff.succeeded()
         self._at_s.append(now_s)
-        self.count += 1
         return self._backoff.pause_s()
 
     @property
@@ -77,12 +75,12 @@ class Call:
 
 
 class Worker(threading.Thread):
-    """One generation of a thread. Its failure is kept, and the supervisor is woken."""
+    """One generation of a thread. Its failure is kept, and whoever supervises is told."""
 
-    def __init__(self, name: str, work: Callable[[], None], attention: threading.Event) -> None:
+    def __init__(self, name: str, work: Callable[[], None], on_end: Callable[[], None]) -> None:
         super().__init__(name=name, daemon=True)
         self._work = work
-        self._attention = attention
+        self._on_end = on_end
         self.failure: BaseException | None = None
 
     def run(self) -> None:
@@ -94,4 +92,4 @@ class Worker(threading.Thread):
         except BaseException as error:  # noqa: BLE001 - handed to the supervisor, which restarts or ends
             self.failure = error
         finally:
-            self._attention.set()
+            self._on_end()

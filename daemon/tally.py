@@ -47,10 +47,10 @@ class Tally:
         self._commit_us = np.zeros(_KEPT, np.int64)
         self._commits = 0
 
-    def saw(self, frames: int = 1) -> None:
-        """Count frames that were given a number."""
+    def saw(self) -> None:
+        """Count a frame or trigger that was given a number."""
         with self._lock:
-            self._seen += frames
+            self._seen += 1
 
     def published(
         self, sequence: int, outcome: Outcome, reason: Reason | None, latency_us: tuple[int, ...] | None

@@ -67,6 +67,8 @@ class Camera(Protocol):
     """True where frames come on their own time, so that a slow consumer would lose them."""
     fires: Fires
     """Other than ITSELF: each `fire` is answered by `grab`, with a frame or the report that none came."""
+    signals_pass: bool
+    """An output line is configured that `signal_pass` drives."""
 
     def open(self) -> CameraInfo:
         """Connect and start acquisition. Raises CameraError or DriverMissing."""
@@ -90,6 +92,13 @@ class Camera(Protocol):
 
     def fire(self) -> None:
         """Fire one trigger. Raises CameraLost."""
+        ...
+
+    def signal_pass(self) -> None:
+        """Pulse the output line for a part that is OK; nothing where none is configured.
+
+        Called by another thread than the one that grabs. Raises CameraError when the line cannot be driven.
+        """
         ...
 
     def close(self) -> None:

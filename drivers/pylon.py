@@ -15,6 +15,7 @@ from drivers.camera import CameraError, CameraInfo, CameraLost, DriverMissing, E
 from drivers.counter import INVALID_ID, BlockIdCounter
 from drivers.frame import Frame, FrameStatus, PixelFormat
 from drivers.pacing import Pacer
+from drivers.pylon_output import PassLine, PassOutput
 
 _SILENCE_BEFORE_PROBE_S = 2.0
 _FAILED_GRABS_BEFORE_REOPEN = 10
@@ -47,6 +48,7 @@ class PylonOptions(Options):
     trigger_activation: Literal["RisingEdge", "FallingEdge"] = "RisingEdge"
     trigger_timeout_ms: int = Field(default=1000, ge=1, description="a software trigger without a frame")
     frames: int | None = Field(default=None, ge=1, description="stop after so many; None: never")
+    pass_output: PassOutput | None = Field(default=None, description="pulse an output line for each OK part")
     features: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="further GenICam features by name, written in this order"
     )
@@ -83,6 +85,8 @@ class PylonCamera:
 
         self._genicam = genicam
         self._options = options
+        self.signals_pass = options.pass_output is not None
+        self._pass_line: PassLine | None = None
         self.fires = _FIRES.get(options.trigger, Fires.ITSELF)
         self._pacer = Pacer(options.trigger_rate_hz)
         self._camera: Any = None
@@ -126,6 +130,8 @@ class PylonCamera:
         self._device_class = info.GetDeviceClass()
         self._failed_in_a_row, self._lost_because = 0, None
         self._heard_s = time.monotonic()
+        if options.pass_output is not None:
+            self._pass_line = PassLine(camera, options.pass_output)
         camera.MaxNumBuffer.Value = _BUFFERS
         self._start_grabbing()
         return CameraInfo(
@@ -270,6 +276,16 @@ class PylonCamera:
         self._count += len(frames)
         return frames
 
+    def signal_pass(self) -> None:
+        """Pulse the output line; raises CameraLost while the camera is away."""
+        line = self._pass_line
+        if line is None:
+            if self.signals_pass:
+                raise CameraLost("the camera is away")
+            return
+        with self._lost():
+            line.pulse()
+
     def _check_usable(self) -> None:
         if self._camera is None or self._lost_because:
             raise CameraLost(self._lost_because or "the camera is not open")
@@ -360,6 +376,7 @@ class PylonCamera:
     def close(self) -> None:
         """Stop grabbing and close the device, whatever state it is in."""
         camera, self._camera = self._camera, None
+        self._pass_line = None
         if camera is None:
             return
         for step in (self._release, camera.StopGrabbing, camera.Close, camera.DestroyDevice):

@@ -118,6 +118,7 @@ class ReplayCamera:
 
     live: ClassVar[bool] = False
     fires = Fires.ITSELF
+    signals_pass = False
 
     def __init__(self, options: ReplayOptions) -> None:
         self._options = options
@@ -168,6 +169,9 @@ class ReplayCamera:
 
     def fire(self) -> None:
         """Do nothing: files take no triggers."""
+
+    def signal_pass(self) -> None:
+        """Do nothing: there is no output line."""
 
     def close(self) -> None:
         """Keep the place; files need no closing."""

@@ -215,6 +215,7 @@ class SyntheticCamera:
     """The camera over the simulated line; `source` is KIND/INDEX, so the truth travels with the frame."""
 
     live: ClassVar[bool] = False
+    signals_pass = False
 
     def __init__(self, options: SyntheticOptions) -> None:
         self._options = options
@@ -265,6 +266,9 @@ class SyntheticCamera:
                 arrived_ns=arrived_ns,
             )
         ]
+
+    def signal_pass(self) -> None:
+        """Do nothing: there is no output line."""
 
     def close(self) -> None:
         """Stop the line; nothing to disconnect."""

@@ -129,7 +129,7 @@ def test_a_workers_failure_is_kept_and_wakes_the_supervisor():
     def fail():
         raise RuntimeError("broken")
 
-    worker = Worker("w", fail, attention)
+    worker = Worker("w", fail, attention.set)
     worker.start()
     assert attention.wait(60)
     worker.join()
@@ -140,7 +140,7 @@ def test_an_abandoned_generation_ends_without_a_failure():
     def ended():
         raise Closed
 
-    worker = Worker("w", ended, threading.Event())
+    worker = Worker("w", ended, lambda: None)
     worker.start()
     worker.join(60)
     assert worker.failure is None
@@ -161,7 +161,8 @@ def test_pauses_double_from_50_ms_to_5_s_and_too_many_failures_end_it():
 
 def test_seen_is_ok_plus_ng_plus_invalid_plus_in_flight():
     tally = Tally()
-    tally.saw(5)
+    for _ in range(5):
+        tally.saw()
     tally.published(1, Outcome.OK, None, (1000, 2000, 3000, 4000, 10000))
     tally.published(2, Outcome.NG, None, (3000, 2000, 3000, 4000, 12000))
     tally.published(3, Outcome.INVALID, Reason.LOST, None)

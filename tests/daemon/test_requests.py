@@ -93,9 +93,9 @@ def test_rights_are_asked_for_per_socket_and_a_lost_one_is_noticed(tmp_path):
     assert security.callback("control", b)
     assert not security.callback("subscribe", b"x" * 40)
     folder.create("c", [Right.REPLAY])
-    assert security.reload() is False, "a new client ends nobody's connection"
+    assert security.install(security.read()) is False, "a new client ends nobody's connection"
     folder.revoke("a")
-    assert security.reload() is True
+    assert security.install(security.read()) is True
     assert not security.callback("subscribe", a)
 
 

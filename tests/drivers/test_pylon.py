@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ from drivers.camera import CameraError, CameraLost, DriverMissing, EndOfStream, 
 from drivers.counter import BlockIdCounter
 from drivers.frame import FrameStatus, PixelFormat
 from drivers.pylon import PylonCamera, PylonOptions
+from drivers.pylon_output import PassOutput
 
 pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
 
@@ -220,3 +222,21 @@ def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pypylon", None)
     with pytest.raises(DriverMissing, match=r"pip install 'inspectord\[pylon\]'"):
         PylonCamera(PylonOptions(driver="pylon"))
+
+
+def test_the_output_line_is_energised_for_one_pulse_and_never_latched(opened):
+    camera = opened(pass_output={"line": "Line3", "user_output": "UserOutput2", "pulse_ms": 30})
+    device, seen = camera._camera, []
+    assert (device.LineSelector.Value, device.LineMode.Value) == ("Line3", "Output")
+    assert device.LineSource.Value == "UserOutput2"
+    assert device.UserOutputValue.Value is False, "off until a part is OK"
+    camera._pass_line._options = PassOutput(pulse_ms=2000)
+    signal = threading.Thread(target=camera.signal_pass)
+    signal.start()
+    while signal.is_alive():
+        seen.append(device.UserOutputValue.Value)
+    assert True in seen
+    assert device.UserOutputValue.Value is False
+    camera.close()
+    with pytest.raises(CameraLost, match="away"):
+        camera.signal_pass()

@@ -246,6 +246,7 @@ def test_a_camera_that_never_comes_back_ends_the_process_for_systemd(tiny_bundle
     class HungThenBusy:
         live = True
         fires = Fires.ITSELF
+        signals_pass = False
 
         def open(self):
             opened.append(self)

@@ -126,3 +126,32 @@ def test_the_daemon_lives_while_the_camera_is_away_and_says_so(line):
     assert "no camera with serial 'not-connected'" in last["camera"]["error"]
     code, _ = bench.stop()
     assert code == 0
+
+
+@pytest.mark.parametrize("threshold", [1e9, -1.0])
+def test_only_ok_parts_get_a_pass_pulse(tiny_bundle, tmp_path, threshold):
+    pulses = []
+
+    class Spied(PylonCamera):
+        def signal_pass(self):
+            super().signal_pass()
+            pulses.append(self._camera.UserOutputValue.Value)
+
+    options = PylonOptions(**{**EMULATED, "frames": 8, "pass_output": {"line": "Line3", "pulse_ms": 1}})
+    config = StationConfig(
+        station="gate",
+        camera=options,
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
+        plausible=PlausibleConfig(frozen_frames=0),
+        on_overload="wait",
+        threshold=threshold,
+        state_dir=tmp_path,
+    )
+    station = Station(config, camera_for=lambda _settings: Spied(options))
+    summary = station.run()
+    assert summary.totals.seen == 8
+    missed = station.events.counts().get("camera", 0)  # the stream's end may close the camera before the last pulse
+    assert len(pulses) + missed == summary.totals.ok
+    assert (len(pulses) > 0) == (threshold > 0)
+    assert not any(pulses), "switched off again after each"

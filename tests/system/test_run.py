@@ -260,6 +260,7 @@ class HungCamera:
 
     live = True
     fires = Fires.ITSELF
+    signals_pass = False
 
     def __init__(self):
         self.grabbing, self.let_go = threading.Event(), threading.Event()

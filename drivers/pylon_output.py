@@ -1,0 +1,66 @@
+"""A pulse on a Basler camera's output line for each part that may pass: energise-to-pass.
+
+Cable break, power loss, a dead daemon and every verdict but OK all look the same to the PLC: no pulse, reject.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pydantic import Field
+
+from drivers.camera import Options
+
+_SIGNAL = "SoftwareSignal1"
+
+
+class PassOutput(Options):
+    """Which line is energised for a part that is OK, and how long."""
+
+    line: str = Field(default="Line2", description="an output line of the camera")
+    user_output: str = "UserOutput1"
+    pulse_ms: float = Field(default=50, gt=0, le=10_000)
+
+
+class PassLine:
+    """The output line of one open camera. Called by one thread, another one than grabs.
+
+    Where the camera has software signals, its own timer ends the pulse, so that it cannot stay on whatever happens
+    to this process. Elsewhere this process ends it: killed within a pulse, it leaves the line on until the
+    daemon is back and has switched it off.
+    """
+
+    def __init__(self, camera: Any, options: PassOutput) -> None:
+        """Set the line up, switched off. Raises GenericException for what the camera refuses."""
+        self._camera, self._options = camera, options
+        from pypylon import genicam
+
+        signal = camera.GetNodeMap().GetNode("SoftwareSignalPulse")
+        self.timed_by_camera = signal is not None and genicam.IsImplemented(signal)
+        camera.LineSelector.Value = options.line
+        camera.LineMode.Value = "Output"
+        if self.timed_by_camera:
+            camera.TimerSelector.Value = "Timer1"
+            camera.TimerTriggerSource.Value = _SIGNAL
+            camera.TimerDuration.Value = options.pulse_ms * 1000
+            camera.SoftwareSignalSelector.Value = _SIGNAL
+            camera.LineSource.Value = "Timer1Active"
+        else:
+            camera.UserOutputSelector.Value = options.user_output
+            self._set(False)
+            camera.LineSource.Value = options.user_output
+
+    def pulse(self) -> None:
+        """Energise the line for its pulse; returns when it is over, or at once where the camera times it."""
+        if self.timed_by_camera:
+            self._camera.SoftwareSignalPulse.Execute()
+            return
+        try:
+            self._set(True)
+            time.sleep(self._options.pulse_ms / 1000)
+        finally:
+            self._set(False)
+
+    def _set(self, on: bool) -> None:
+        self._camera.UserOutputValue.Value = on
