@@ -15,63 +15,56 @@ import typer
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
+EXIT_CODES = {
+    **dict.fromkeys(
+        (
+            "calibrate.checkpoint.CheckpointError",
+            "calibrate.foreign.ImportFailed",
+            "calibrate.layouts.DatasetError",
+            "calibrate.teacher.TeacherError",
+            "calibrate.train.TrainingError",
+            "daemon.journal.JournalError",
+            "daemon.keys.KeysError",
+            "daemon.yaml_errors.ConfigError",
+            "drivers.camera.DriverMissing",
+            "pipeline.bundle.BundleError",
+            "pipeline.engines.EngineUnavailable",
+            "pipeline.geometry.GeometryError",
+        ),
+        EXIT_MISUSED,
+    ),
+    **dict.fromkeys(
+        (
+            "builtins.OSError",
+            "calibrate.fetch.FetchFailed",
+            "daemon.check.CheckFailed",
+            "daemon.client.RequestFailed",
+            "daemon.demo.DemoFailed",
+            "daemon.sequence.StateError",
+            "daemon.soak.SoakFailed",
+            "daemon.sockets.EndpointError",
+            "daemon.station.StationFailed",
+            "drivers.camera.CameraError",
+        ),
+        EXIT_FAILED,
+    ),
+    "calibrate.train.TrainingStopped": EXIT_INTERRUPTED,
+    "builtins.KeyboardInterrupt": EXIT_INTERRUPTED,
+}
+"""By name, so that `inspectord ctl` need not import what only training can raise."""
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into one clear message and the right exit code."""
-    from calibrate.checkpoint import CheckpointError
-    from calibrate.fetch import FetchFailed
-    from calibrate.foreign import ImportFailed
-    from calibrate.layouts import DatasetError
-    from calibrate.teacher import TeacherError
-    from calibrate.train import TrainingError, TrainingStopped
-    from daemon.check import CheckFailed
-    from daemon.client import RequestFailed
-    from daemon.demo import DemoFailed
-    from daemon.journal import JournalError
-    from daemon.keys import KeysError
-    from daemon.sequence import StateError
-    from daemon.soak import SoakFailed
-    from daemon.sockets import EndpointError
-    from daemon.station import StationFailed
-    from daemon.yaml_errors import ConfigError
-    from drivers.camera import CameraError, DriverMissing
-    from pipeline.bundle import BundleError
-    from pipeline.engines import EngineUnavailable
-    from pipeline.geometry import GeometryError
-
-    misuse = (
-        BundleError,
-        CheckpointError,
-        ConfigError,
-        DatasetError,
-        DriverMissing,
-        EngineUnavailable,
-        GeometryError,
-        ImportFailed,
-        JournalError,
-        KeysError,
-        TeacherError,
-        TrainingError,
-    )
     try:
         yield
-    except misuse as error:
-        _fail(error, EXIT_MISUSED)
-    except (
-        CameraError,
-        CheckFailed,
-        DemoFailed,
-        EndpointError,
-        FetchFailed,
-        RequestFailed,
-        SoakFailed,
-        StateError,
-        StationFailed,
-        OSError,
-    ) as error:
-        _fail(error, EXIT_FAILED)
-    except (KeyboardInterrupt, TrainingStopped) as error:
-        _fail(error, EXIT_INTERRUPTED)
+    except (Exception, KeyboardInterrupt) as error:
+        for kind in type(error).__mro__:
+            code = EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}")
+            if code is not None:
+                _fail(error, code)
+        raise
 
 
 def _fail(error: BaseException, code: int) -> NoReturn:

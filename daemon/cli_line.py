@@ -51,8 +51,8 @@ def _ctl_options(
 
 @contextmanager
 def _control(context: typer.Context, config: Path | None) -> Iterator[Control]:
+    from daemon.addresses import load_addresses
     from daemon.client import ClientKeys, Control
-    from daemon.config import load_addresses
     from daemon.keys import SERVER, KeyFolder, read_secret
 
     given, endpoint, secret, server_key = context.obj
@@ -173,7 +173,7 @@ def verdicts(
     as_json: Annotated[bool, typer.Option("--json", help="one verdict a line, as published")] = False,
 ) -> None:
     """Read the journal, also while the daemon runs."""
-    from daemon.config import load_addresses
+    from daemon.addresses import load_addresses
     from daemon.journal import JournalError, Query, read_journal
 
     if as_csv and as_json:

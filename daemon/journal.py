@@ -20,7 +20,7 @@ from pathlib import Path
 from daemon.events import EventKind, Events
 
 FLUSH_PERIOD_S = 0.05
-_RETRY_S = 2.0
+_RETRY_S = 0.25
 _BUSY_MS = 200
 _READ_ROWS = 1000
 _BATCH = 256

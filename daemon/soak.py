@@ -59,8 +59,8 @@ class SoakResult:
     lost: int = 0
     double: int = 0
     unjournaled: int = 0
-    late: int = 0
-    """Verdicts that went out after their deadline, by their own `latency_us.total`: the process stood still."""
+    late: Counter[str] = field(default_factory=Counter)
+    """Verdicts that went out after their deadline, by their own `latency_us.total`, and the fault before them."""
     boots: set[str] = field(default_factory=set)
     duration_s: float = 0.0
     rss_mib: list[float] = field(default_factory=list)
@@ -86,7 +86,7 @@ class SoakResult:
             "outcomes": dict(self.verdicts),
             "reasons": dict(self.reasons),
             "unjournaled": self.unjournaled,
-            "late": self.late,
+            "late": dict(self.late),
             "boots": len(self.boots),
             "rss_mib": [round(value, 1) for value in self.rss_mib[:1] + self.rss_mib[-1:]],
             "descriptors": self.descriptors[:1] + self.descriptors[-1:],
@@ -150,6 +150,8 @@ class SoakLine:
         self._sent: set[int] = set()
         self.result = SoakResult()
         self._expected = 1
+        self.after = "start"
+        """The last fault that was injected."""
         self._began_s = time.monotonic()
 
     def write(self, **changes: Any) -> None:
@@ -189,7 +191,8 @@ class SoakLine:
         if verdict["reason"] is not None:
             result.reasons[verdict["reason"]] += 1
         result.unjournaled += not verdict["journaled"]
-        result.late += verdict["reason"] != "restart" and verdict["latency_us"]["total"] > _DEADLINE_MS * 1000
+        if verdict["reason"] != "restart" and verdict["latency_us"]["total"] > _DEADLINE_MS * 1000:
+            result.late[self.after] += 1
         result.boots.add(verdict["boot"])
         return verdict
 
@@ -363,7 +366,7 @@ def soak(
             rounds = generator.sample(order, len(order))
         name = rounds.pop()
         _receive_for(line, generator.uniform(0, 2 * pause_s))
-        ordered_s = time.monotonic()
+        ordered_s, line.after = time.monotonic(), name
         todo[name]()
         line.receive_until(lambda _verdict: not line.faults.waiting)
         _receive_for(line, _ON_THE_WAY_S)  # parts that were judged before the fault

@@ -153,3 +153,21 @@ def test_state_folder_follows_systemd_then_xdg_then_home(good, tmp_path, monkeyp
     good["state_dir"] = "/mine"
     path.write_text(yaml.safe_dump(good))
     assert load_config(path).state_folder() == Path("/mine/bench")
+
+
+def test_every_error_with_an_exit_code_exists():
+    import importlib
+
+    from daemon.cli_errors import EXIT_CODES
+
+    for name in EXIT_CODES:
+        module, _, kind = name.rpartition(".")
+        assert issubclass(getattr(importlib.import_module(module), kind), BaseException)
+
+
+def test_commands_beside_the_line_do_not_import_the_networks():
+    import subprocess
+    import sys
+
+    code = "import sys, daemon.cli, daemon.addresses, daemon.client, daemon.keys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
