@@ -11,7 +11,8 @@ import time
 import pytest
 import zmq
 
-from daemon.config import PublishConfig, StationConfig, SupervisionConfig, VerdictConfig
+from daemon.addresses import PublishConfig
+from daemon.config import StationConfig, SupervisionConfig, VerdictConfig
 from daemon.faults import Fault
 from daemon.journal import Query, read_journal
 from daemon.publishing import Publishing

@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from daemon.config import PlausibleConfig, PublishConfig, StationConfig
+from daemon.addresses import PublishConfig
+from daemon.config import PlausibleConfig, StationConfig
 from daemon.station import Station
 from drivers.pylon import PylonCamera, PylonOptions
 from tests.system.line import free_port

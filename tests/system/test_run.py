@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 import pytest
 
-from daemon.config import PublishConfig, StationConfig
+from daemon.addresses import PublishConfig
+from daemon.config import StationConfig
 from daemon.station import Station, StationFailed
 from drivers.camera import CameraInfo, Fires
 from drivers.replay import list_images

@@ -81,7 +81,8 @@ class StuckEngine:
 
 
 def test_a_stuck_engine_stops_the_watchdog(tiny_bundle, tmp_path, notify_socket, monkeypatch):
-    from daemon.config import PublishConfig, StationConfig
+    from daemon.addresses import PublishConfig
+    from daemon.config import StationConfig
     from daemon.station import Station
     from drivers.synthetic import SyntheticOptions
     from pipeline.bundle import read_bundle
