@@ -43,10 +43,15 @@ class Triggers:
     def __init__(self) -> None:
         self._waiting: deque[Entry] = deque()
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = True
+
+    def open(self) -> None:
+        """Take triggers from now on."""
+        with self._changed:
+            self._closed = False
 
     def ask(self, number: Callable[[], Entry]) -> bool:
-        """Number a trigger and append it; False when too many wait already, or when none is taken any more."""
+        """Number a trigger and append it; False when too many wait already, or when none is taken now."""
         with self._changed:
             if self._closed or len(self._waiting) >= _WAITING_TRIGGERS:
                 return False
@@ -206,6 +211,8 @@ class Acquisition:
             else:
                 self._trigger_one()
             self._pass_probe()
+            if self.camera.fires is not Fires.ON_COMMAND:  # a reload may have changed that meanwhile
+                line.refuse_triggers("the camera is not triggered by command any more")
             replacement = self._next_camera()
             if replacement is not None:
                 with self._driver():

@@ -93,6 +93,10 @@ class Archive:
         with self._changed:
             self._closing = True
             self._changed.notify()
+
+    def refuse_snapshots(self) -> None:
+        """Tell who still waits for a frame that none will come."""
+        with self._changed:
             for snapshot in self._snapshots:
                 snapshot.cancel()
 
@@ -176,7 +180,12 @@ class Archive:
             raise AssertionError("a judged frame has a pixel format")
         wanted = [future for future in copied.snapshots if future.set_running_or_notify_cancel()]
         if wanted:
-            png, _ = encode_image(copied.image, fmt, "png")
+            try:
+                png, _ = encode_image(copied.image, fmt, "png")
+            except Exception as error:
+                for future in wanted:
+                    future.set_exception(error)
+                raise
             for future in wanted:
                 future.set_result((png, entry.sequence))
         if copied.capture_as is not None:

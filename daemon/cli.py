@@ -43,12 +43,10 @@ def run(config: ConfigOption, state_dir: StateDirOption = None) -> None:
     with clear_errors():
         settings = load_config(config)
     configure_logging(settings.log.level, settings.log.format)
-    if state_dir is not None:
-        settings = settings.model_copy(update={"state_dir": state_dir})
     from daemon.station import Station
 
     with clear_errors():
-        station = Station(settings, config_path=config)
+        station = Station(settings, config_path=config, state_dir=state_dir)
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             for number in (signal.SIGTERM, signal.SIGINT):

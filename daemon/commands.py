@@ -99,7 +99,10 @@ class Commands:
         found = dict(self._publishing.recent(first, last))
         # Memory first: a journal that cannot be read must not keep what is there from those who ask.
         if self._journal is not None and len(found) < last - first + 1 and self._journal.path.is_file():
-            found |= dict(read_journal(self._journal.path, Query(first_sequence=first, last_sequence=last)))
+            found = {
+                **dict(read_journal(self._journal.path, Query(first_sequence=first, last_sequence=last))),
+                **found,
+            }
         yield from sorted(found.items())
 
     def _trigger(self, command: Trigger) -> Answer:
@@ -113,7 +116,7 @@ class Commands:
             return self._line.ledger.open(self._ticket, fired, trigger=command.id, part=command.part)
 
         if not self._line.triggers.ask(number):
-            raise Refused("too many triggers wait for the camera, or the line is stopping")
+            raise Refused("too many triggers wait for the camera, or the line is starting or stopping")
         return Answer({"trigger": command.id, "part": command.part})
 
     def _reload(self) -> Answer:
@@ -129,8 +132,12 @@ class Commands:
             if snapshot.cancelled():
                 answer.cancel()
             elif answer.set_running_or_notify_cancel():  # else nobody waits for it any more
-                png, sequence = snapshot.result()
-                answer.set_result(Answer({"sequence": sequence, "bytes": len(png)}, png))
+                error = snapshot.exception()
+                if error is not None:
+                    answer.set_exception(error)
+                else:
+                    png, sequence = snapshot.result()
+                    answer.set_result(Answer({"sequence": sequence, "bytes": len(png)}, png))
 
         self._archive.snapshot().add_done_callback(taken)
         return answer

@@ -137,6 +137,11 @@ def _contradictions(config: StationConfig) -> Iterator[tuple[tuple[str, ...], st
     """Find keys that are right each by itself and not together."""
     if config.on_overload == "wait" and config.verdict.deadline_ms is not None:
         yield ("verdict", "deadline_ms"), "cannot hold with on_overload: wait, which waits for the engine"
+    if config.on_overload == "wait" and config.camera.driver == "pylon" and config.camera.pass_output is not None:
+        yield (
+            ("camera", "pass_output"),
+            "needs a deadline: a late pulse lets another part pass; drop on_overload: wait",
+        )
     if config.security.keys is not None or config.security.allow_unencrypted:
         return
     publish = config.publish

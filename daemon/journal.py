@@ -174,6 +174,7 @@ class Journal:
                         continue
                     self._connection = self._open()
                 self._write(self._connection, batch)
+                batch = []
                 self._trim(self._connection)
                 self._shorten_log(self._connection)
             except (sqlite3.Error, OSError) as error:

@@ -136,6 +136,9 @@ def _write_whole(path: Path, text: str, mode: int) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+            if os.geteuid() == 0:  # the folder is the service's: what root makes in it is too
+                owner = path.parent.stat()
+                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
         part.replace(path)
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror}") from error

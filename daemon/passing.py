@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from daemon.events import EventKind, Events
+from daemon.supervision import Call
 from drivers.camera import CameraError
 
 _LOOK_UP_S = 0.2
@@ -23,7 +24,8 @@ class Passing:
         self._changed = threading.Condition()
         self._waiting: tuple[int, int] | None = None
         self._ended = False
-        self.given = 0
+        self.call = Call()
+        """Runs while the thread is inside the driver."""
 
     def passed(self, sequence: int) -> None:
         """Ask for a pulse; never waits."""
@@ -44,9 +46,9 @@ class Passing:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._ended, _LOOK_UP_S)
-                if self._ended:
-                    return
                 waiting, self._waiting = self._waiting, None
+                if self._ended:
+                    break
             if waiting is None:
                 continue
             sequence, asked_ns = waiting
@@ -54,10 +56,12 @@ class Passing:
                 self._not_given(sequence, "it came too late")
                 continue
             try:
-                self._signal_pass()
-                self.given += 1
+                with self.call.running():
+                    self._signal_pass()
             except CameraError as error:
                 self._not_given(sequence, str(error))
+        if waiting is not None:
+            self._not_given(waiting[0], "the daemon is ending")
 
     def _not_given(self, sequence: int, why: str) -> None:
         self._events.say(EventKind.CAMERA, "an OK part got no pass pulse", sequence=sequence, error=why)

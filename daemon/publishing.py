@@ -28,6 +28,7 @@ from daemon.messages import (
     region_messages,
     rfc3339,
 )
+from daemon.replies import MAX_REQUEST_BYTES
 from daemon.sockets import Context, Socket, bind
 from daemon.tally import Tally
 from pipeline.inspect import Inspection, Outcome
@@ -138,6 +139,7 @@ class Publishing:
                     socket = self._context.socket(zmq.PUB)
                     sockets.append(socket)
                     socket.setsockopt(zmq.SNDHWM, mark)
+                    socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)  # of subscriptions
                     bind(socket, endpoints, self._security, Right.SUBSCRIBE)
             except BaseException as error:
                 if not self.ready.done():
@@ -173,7 +175,7 @@ class Publishing:
             self._remember(entry)
             entry.sent = True
             if self._passed is not None and inspection.outcome is Outcome.OK:
-                self._passed(entry.sequence)
+                self._let_pass(entry, self._passed)
         self.last_sent_ns = time.monotonic_ns()
         inspected = inspection.outcome is not Outcome.INVALID
         self._ledger.done(entry, msgspec.structs.astuple(latency) if inspected else None)
@@ -185,6 +187,15 @@ class Publishing:
         self._log.debug(
             "verdict", sequence=entry.sequence, verdict=inspection.outcome.value, score=inspection.score
         )
+
+    def _let_pass(self, entry: Entry, passed: Callable[[int], None]) -> None:
+        """Have the gate opened for this part; not for the one that stands there when the verdict was late."""
+        if entry.due_ns is None or time.monotonic_ns() <= entry.due_ns + entry.margin_ns:
+            passed(entry.sequence)
+        else:
+            self._events.say(
+                EventKind.CAMERA, "an OK part got no pass pulse", sequence=entry.sequence, error="late"
+            )
 
     def _remember(self, entry: Entry) -> None:
         with self._recent_lock:

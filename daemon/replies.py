@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import msgspec
 
 MAX_REQUEST_BYTES = 65_536
-PROTOCOL = "inspectord.control/1"
 
 Id = Annotated[str, msgspec.Meta(max_length=128)]
 Part = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ _PIECE = 256
 """Verdicts in one message of a replay."""
 _REPLAYS_AT_ONCE = 8
 _ANSWERS_AT_ONCE = 32
+_LAST_ANSWERS_S = 0.5
 _ANSWERED_WITHIN_S = 300.0
 """A snapshot of a line that stands still, a reload that hangs: nobody waits longer."""
 _REQUESTS_A_TURN = 64
@@ -165,6 +166,8 @@ class Serving:
                 self._begin_replay(replay, message)
             self._send_answers(control)
             self._send_pieces(replay)
+        # Whoever asked for the reload that brought us here still gets its answer.
+        wait([item.answer for item in self._awaited], _LAST_ANSWERS_S)
         self._send_answers(control)
 
     def _command(self, socket: Socket, message: list[bytes]) -> None:
@@ -189,9 +192,8 @@ class Serving:
             if not item.answer.done() and now_s < item.until_s:
                 self._awaited.append(item)
                 continue
-            if not item.answer.done():
+            if not item.answer.done() or item.answer.cancelled():
                 item.answer.cancel()
-            if item.answer.cancelled():
                 gone = f"no answer within {_ANSWERED_WITHIN_S:g} s, or the daemon is stopping"
                 self._reply(socket, item.route, Reply(item.id, ok=False, error=gone))
             elif (error := item.answer.exception()) is not None:

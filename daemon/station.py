@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import structlog
+import torch
 import zmq
 
 from daemon.acquisition import Acquisition, Line
@@ -69,6 +70,7 @@ class Station:
         config: StationConfig,
         *,
         config_path: Path | None = None,
+        state_dir: Path | None = None,
         camera_for: Callable[[StationConfig], Camera] | None = None,
         engine_for: Callable[[Model], EngineChoice] | None = None,
     ) -> None:
@@ -77,13 +79,16 @@ class Station:
         Args:
             config: validated.
             config_path: read again by `reload`; None: nothing to reload.
+            state_dir: instead of the configured one, also after a reload.
             camera_for: makes the camera, instead of the configured driver.
             engine_for: makes the engine, instead of the configured device's.
 
         Raises DriverMissing when the configured driver's library is not installed, and KeysError.
         """
+        if state_dir is not None:
+            config = config.model_copy(update={"state_dir": state_dir})
         self._config = config
-        self._config_path = config_path
+        self._config_path, self._state_dir = config_path, state_dir
         self._camera_for = camera_for or (lambda settings: make_camera(settings.camera))
         self._engine_for = engine_for
         self._log = structlog.get_logger().bind(station=config.station)
@@ -101,6 +106,7 @@ class Station:
         self._due: dict[str, tuple[float, Callable[[], None]]] = {}
         """Workers that are started again, and when."""
         self._stop_by_s: float | None = None
+        self._all_threads = torch.get_num_threads()
         self.boot = secrets.token_hex(8)
         self.tally = Tally()
         self._outbox = Outbox()
@@ -143,7 +149,7 @@ class Station:
         self._line = Line(self._ledger, self._ring, self._engine_channel())
         self._journal = self._make_journal()
         self._archive = self._make_archive()
-        self._passing = Passing(lambda: self._camera.signal_pass(), self.events)
+        self._passing = self._make_passing()
         self._publishing = self._make_publishing(context)
         self._health = Health(
             config, self.boot, self.tally, self._line, self._publishing, self._journal, self._archive, self.events
@@ -203,6 +209,9 @@ class Station:
             )
         return Archive(keep, state / "captures", self._ledger, self.events)
 
+    def _make_passing(self) -> Passing:
+        return Passing(lambda: self._camera.signal_pass(), self.events)
+
     def _make_publishing(self, context: Context) -> Publishing:
         config = self._config
         return Publishing(
@@ -218,7 +227,7 @@ class Station:
             events=self.events,
             journal_wait_ms=0 if config.journal is False else config.journal.wait_ms,
             alarm_after=lambda: self._config.verdict.alarm_after_rejects,
-            passed=self._passing.passed if self._camera.signals_pass else None,
+            passed=(lambda sequence: self._passing.passed(sequence)) if self._camera.signals_pass else None,
             log=self._log,
         )
 
@@ -256,6 +265,7 @@ class Station:
             self._log.warning("numbers of an earlier run without a verdict", first=left[0], last=left[-1])
         for sequence in left:
             self._ledger.restore(sequence)
+        self._line.triggers.open()
         self._begin_acquisition(after_hang=False)
         self._notifier.send("READY=1")
         self._log.info(
@@ -345,6 +355,7 @@ class Station:
                     watch(hang_s)
             for name, work in self._simple_workers.items():
                 self._watch(name, work)
+            self._watch_passing(hang_s)
             if now_s >= health_due_s:
                 health_due_s = now_s + _HEALTH_PERIOD_S
                 self._outbox.put("health", self.health_message())
@@ -392,6 +403,15 @@ class Station:
         worker = self._workers[name]
         if name not in self._due and not worker.is_alive() and worker.failure is not None:
             self._start_later(name, worker.failure, lambda: self._begin(name, work))
+
+    def _watch_passing(self, hang_s: float) -> None:
+        if not self._passing.call.hangs(hang_s):
+            return
+        self._passing.end()  # when its call returns; its successor drives the camera that is there now
+        self._passing = self._make_passing()
+        failure = TimeoutError(f"a pass pulse took longer than {hang_s:g} s")
+        self._simple_workers["passing"] = self._passing.run
+        self._start_later("passing", failure, lambda: self._begin("passing", self._passing.run))
 
     def _watch_acquisition(self, hang_s: float) -> None:
         grabber = self._workers["acquisition"]
@@ -504,7 +524,7 @@ class Station:
         try:
             clients = self._read_clients()
             config, bundle, inspector, camera = self._prepare_reload(self._config_path)
-            swap = Swap(inspector, config.threads)
+            swap = Swap(inspector, config.threads or self._all_threads)
             self._line.send(swap)
             wait([swap.done], self._config.supervision.hang_s)
             if swap.done.cancel():  # or the engine has failed, and cancelled it
@@ -529,7 +549,9 @@ class Station:
 
     def _prepare_reload(self, path: Path) -> tuple[StationConfig, Bundle, Inspector, Camera | None]:
         try:
-            config = load_config(path).model_copy(update={"state_dir": self._config.state_dir})
+            config = load_config(path)
+            if self._state_dir is not None:
+                config = config.model_copy(update={"state_dir": self._state_dir})
             check_changes(self._config, config)
             bundle = read_bundle(config.model)
             inspector = self._make_inspector(config, bundle)
@@ -571,6 +593,7 @@ class Station:
         self._ledger.give_up(Reason.ENGINE, "the daemon is ending")
         deadline_s = time.monotonic() + _TEARDOWN_S
         self._line.frames.close()
+        self._archive.refuse_snapshots()
         self._serving.end()
         self._passing.end()
         if "publisher" in self._workers:  # it still hands verdicts to the journal

@@ -94,6 +94,8 @@ class Inspector:
 
         The frame's image must stay valid until the next call (it is compared with the next frame).
         """
+        if frame.status is FrameStatus.PENDING:
+            return Inspection(Outcome.INVALID, Reason.TIMEOUT, frame.detail)
         if frame.status is not FrameStatus.COMPLETE:
             return Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail)
         try:

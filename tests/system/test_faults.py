@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from daemon.addresses import PublishConfig
+from daemon.client import Control
 from daemon.config import StationConfig, SupervisionConfig, VerdictConfig
 from daemon.faults import Fault
 from daemon.journal import Query, read_journal
@@ -275,6 +276,96 @@ def test_a_camera_that_never_comes_back_ends_the_process_for_systemd(tiny_bundle
         station.run()
     let_go.set()
     assert len(opened) == 6, "tried five times after it was abandoned"
+
+
+class StubbornCamera:
+    """A camera on command that does not come back from `fire` until it is let go."""
+
+    live = True
+    fires = Fires.ON_COMMAND
+    signals_pass = False
+
+    def __init__(self):
+        self.let_go, self.fired = threading.Event(), 0
+
+    def open(self):
+        return CameraInfo("stubborn", "stubborn")
+
+    def ready(self, timeout_s):
+        return True
+
+    def fire(self):
+        self.fired += 1
+        self.let_go.wait(120)
+
+    def grab(self, timeout_s):
+        raise CameraLost("let go")
+
+    def signal_pass(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_triggers_behind_a_hung_one_are_rejected_in_time_and_not_fired_late(tiny_bundle, tmp_path):
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    config = StationConfig(
+        station="hung",
+        camera=SyntheticOptions(trigger="command"),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[endpoint]),
+        verdict=VerdictConfig(deadline_ms=300),
+        state_dir=tmp_path,
+    )
+    camera, answers = StubbornCamera(), []
+    station = Station(config, camera_for=lambda _settings: camera)
+
+    def ask():
+        with Control(config.control_endpoints()[0]) as control:
+            while not control.request("status")[0]["camera"]["connected"]:
+                pass  # triggers are taken once the station is ready
+            for n in range(4):
+                answers.append(control.request("trigger", part=f"P-{n}")[0]["part"])
+            while station.tally.totals().invalid < 4:
+                control.request("status")
+            camera.let_go.set()
+            while control.request("status")[0]["camera"]["reopened"] == 0:  # it came back and was opened anew
+                pass
+            station.stop()
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    heard, summary = run_and_listen(station, endpoint)
+    asker.join(60)
+    assert answers == ["P-0", "P-1", "P-2", "P-3"]
+    assert [(v["sequence"], v["part"], v["reason"]) for v in heard["verdict"]] == [
+        (n + 1, f"P-{n}", "deadline") for n in range(4)
+    ]
+    assert max(v["latency_us"]["total"] for v in heard["verdict"]) <= 300_000
+    assert camera.fired == 1, "nobody waits for the parts of the others any more"
+    assert summary.totals.in_flight == 0
+
+
+def test_too_many_failures_end_the_process_and_leave_nothing_open(tiny_bundle, tmp_path):
+    class Broken(SyntheticCamera):
+        live = True
+
+        def grab(self, timeout_s):
+            raise RuntimeError("a fault in the driver")
+
+    config = StationConfig(
+        station="broken",
+        camera=SyntheticOptions(),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
+        state_dir=tmp_path,
+    )
+    station = Station(config, camera_for=lambda settings: Broken(settings.camera))
+    with pytest.raises(StationFailed, match="acquisition thread failed too often: a fault in the driver"):
+        station.run()
+    assert station.events.counts()["worker"] == 8
+    assert station.tally.totals().in_flight == 0
 
 
 def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny_bundle, tmp_path, monkeypatch):
