@@ -7,6 +7,7 @@ from daemon.config import StationConfig
 _FIXED = (
     "station",
     "publish",
+    "state_dir",
     "control",
     "slots",
     "on_overload",
@@ -27,7 +28,5 @@ def check_changes(old: StationConfig, new: StationConfig) -> None:
     changed = [key for key in _FIXED if getattr(old, key) != getattr(new, key)]
     if old.security != new.security:  # the keys in the folder may change, not the folder
         changed.append("security")
-    if old.state_folder() != new.state_folder():
-        changed.append("state_dir")
     if changed:
         raise ReloadRefused(f"cannot change while running: {', '.join(changed)}; restart the daemon for that")
