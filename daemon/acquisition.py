@@ -157,6 +157,7 @@ class Acquisition:
                 self._pass_probe()
                 line.stop.wait(GRAB_TIMEOUT_S)
                 continue
+            failed: CameraError | None = None
             try:
                 self._open()
                 failures, self.after_hang = 0, False
@@ -172,12 +173,13 @@ class Acquisition:
                 failures += 1
                 if self.after_hang and failures >= _REOPENS_AFTER_HANG:
                     raise
-                self._camera_failed(error)
+                failed = error
             finally:
-                with self.call.running():
+                with self._driver():
                     self.camera.close()
-                if not self.ticket.revoked:
-                    line.state = replace(line.state, connected=False)
+                line.state = replace(line.state, connected=False)
+            if failed is not None:
+                self._pause_after(failed)
             self.camera = self._next_camera() or self.camera
         line.end("the line is stopping")
 
@@ -278,7 +280,7 @@ class Acquisition:
         line, frame = self._line, entry.frame
         self._backoff.succeeded()
         if frame.status is FrameStatus.COMPLETE and frame.image is not None:
-            slot = self._lease(entry)
+            slot = self._lease()
             if slot is not None:
                 frame.image = slot.store(frame.image)
                 frame.grabbed_ns = time.monotonic_ns()
@@ -293,12 +295,12 @@ class Acquisition:
             "invalid", sequence=entry.sequence, reason=inspection.reason, detail=frame.detail, source=frame.source
         )
 
-    def _lease(self, entry: Entry) -> Slot | None:
+    def _lease(self) -> Slot | None:
         if not self._wait_when_full():
             return self._line.ring.lease(0)
         while (slot := self._line.ring.lease(GRAB_TIMEOUT_S)) is None:
             if self.ticket.revoked:
-                raise Closed
+                raise Revoked
             self._pass_probe()
         return slot
 
@@ -313,14 +315,12 @@ class Acquisition:
         if entry is not None:
             self._line.ledger.settle(entry, Inspection(Outcome.INVALID, reason, why))
 
-    def _camera_failed(self, error: CameraError) -> None:
+    def _pause_after(self, error: CameraError) -> None:
         line, pause_s = self._line, self._backoff.pause_s()
         if line.state.error != str(error):  # said once, not at every try
             self._events.say(EventKind.CAMERA, "the camera failed", error=str(error))
-        line.state = replace(line.state, connected=False, error=str(error))
+        line.state = replace(line.state, error=str(error))
         self._log.info("camera will be reopened", in_s=round(pause_s, 3))
-        with self._driver():
-            self.camera.close()
         deadline_s = time.monotonic() + pause_s
         while (left_s := deadline_s - time.monotonic()) > 0 and not line.paused.is_set():
             line.refuse_triggers(str(error))

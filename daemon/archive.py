@@ -88,6 +88,11 @@ class Archive:
         self.bytes = 0
         self.error: str | None = None
 
+    @property
+    def folder(self) -> Path | None:
+        """Where images are kept by themselves; None: nowhere."""
+        return None if self._keep is None else self._keep.folder
+
     def close(self) -> None:
         """Let `write` end once what waits is written."""
         with self._changed:

@@ -91,8 +91,7 @@ class Commands:
 
     def last_published(self) -> int:
         """Return the last number that was published; 0 before the first."""
-        published = self._station.tally.totals().last_sequence
-        return max(published, self._publishing.published_before)
+        return self._station.tally.totals().last_sequence
 
     def verdicts(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
         """Yield what journal and memory hold of a range, in order. Raises JournalError."""

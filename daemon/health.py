@@ -38,8 +38,6 @@ class Health:
     ) -> None:
         self._station, self._boot = config.station, boot
         self._min_rate_fps = config.supervision.min_rate_fps
-        self._keeps_images = config.images is not False
-        self._images_folder = str((config.images and config.images.path) or config.state_folder() / "images")
         self._tally = tally
         self._line = line
         self._publishing = publishing
@@ -68,7 +66,7 @@ class Health:
             invalid=totals.invalid,
             in_flight=totals.in_flight,
             invalid_reasons=totals.reasons,
-            last_sequence=max(totals.last_sequence, self._publishing.published_before),
+            last_sequence=totals.last_sequence,
             camera=camera,
             device=self.device,
             model=judged_by.model,
@@ -112,11 +110,11 @@ class Health:
         )
 
     def _images_health(self) -> ImagesHealth | None:
-        if not self._keeps_images:
-            return None
         archive = self._archive
+        if archive.folder is None:
+            return None
         return ImagesHealth(
-            path=self._images_folder,
+            path=str(archive.folder),
             kept=archive.kept,
             dropped=archive.dropped,
             bytes=archive.bytes,

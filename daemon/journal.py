@@ -91,7 +91,7 @@ class Journal:
         self._changed = threading.Condition()
         self._closing = False
         self._connection: sqlite3.Connection | None = None
-        self._trimmed_s = self._shortened_s = 0.0
+        self._trimmed_s = self._shorten_s = 0.0
         self._dirty = threading.Event()
         self.lagging = False
         """It could not take a verdict in time and has not caught up: nobody should wait for it."""
@@ -242,12 +242,12 @@ class Journal:
     def _shorten_log(self, connection: sqlite3.Connection) -> None:
         """Checkpoint here when the log has grown all the same; without waiting for whoever reads it."""
         now_s = time.monotonic()
-        if now_s - self._shortened_s < _TRIM_PERIOD_S or self._log_bytes() <= _LARGEST_LOG_BYTES:
+        if now_s < self._shorten_s or self._log_bytes() <= _LARGEST_LOG_BYTES:
             return
-        self._shortened_s = now_s
         connection.execute("PRAGMA busy_timeout=0")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         connection.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        self._shorten_s = now_s + (FLUSH_PERIOD_S if busy else _TRIM_PERIOD_S)
 
     def _trim(self, connection: sqlite3.Connection) -> None:
         """Delete what is too old or too much, a little at a time."""

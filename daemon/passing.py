@@ -10,7 +10,6 @@ from daemon.events import EventKind, Events
 from daemon.supervision import Call
 from drivers.camera import CameraError
 
-_LOOK_UP_S = 0.2
 _TOO_OLD_NS = 100_000_000
 """A pulse that could not be given for so long would pass another part than its own."""
 
@@ -27,8 +26,11 @@ class Passing:
         self.call = Call()
         """Runs while the thread is inside the driver."""
 
-    def passed(self, sequence: int) -> None:
-        """Ask for a pulse; never waits."""
+    def passed(self, sequence: int, late: bool) -> None:
+        """Ask for a pulse, unless the verdict was late: another part stands there now. Never waits."""
+        if late:
+            self._not_given(sequence, "the verdict was late")
+            return
         with self._changed:
             lost, self._waiting = self._waiting, (sequence, time.monotonic_ns())
             self._changed.notify()
@@ -45,13 +47,14 @@ class Passing:
         """Give pulses until `end`."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._ended, _LOOK_UP_S)
+                self._changed.wait_for(lambda: self._waiting is not None or self._ended)
                 waiting, self._waiting = self._waiting, None
-                if self._ended:
-                    break
             if waiting is None:
-                continue
+                return
             sequence, asked_ns = waiting
+            if self._ended:
+                self._not_given(sequence, "the daemon is ending")
+                return
             if time.monotonic_ns() - asked_ns > _TOO_OLD_NS:
                 self._not_given(sequence, "it came too late")
                 continue
@@ -60,8 +63,6 @@ class Passing:
                     self._signal_pass()
             except CameraError as error:
                 self._not_given(sequence, str(error))
-        if waiting is not None:
-            self._not_given(waiting[0], "the daemon is ending")
 
     def _not_given(self, sequence: int, why: str) -> None:
         self._events.say(EventKind.CAMERA, "an OK part got no pass pulse", sequence=sequence, error=why)

@@ -28,8 +28,7 @@ from daemon.messages import (
     region_messages,
     rfc3339,
 )
-from daemon.replies import MAX_REQUEST_BYTES
-from daemon.sockets import Context, Socket, bind
+from daemon.sockets import Bound, Context, Socket, bound
 from daemon.tally import Tally
 from pipeline.inspect import Inspection, Outcome
 
@@ -38,6 +37,8 @@ _VERDICT_HIGH_WATER_MARK = 20_000
 _MAP_HIGH_WATER_MARK = 4
 _RECENT = 4096
 """Verdicts kept in memory, for replay where the journal could not take them."""
+_FAIR_WAIT_NS = 1_000_000
+"""A journal that was given less time than this is not called slow."""
 _LOOK_UP_S = 0.05
 """How often events and health are sent while no verdict is due."""
 
@@ -60,7 +61,7 @@ class Publishing:
         events: Events,
         journal_wait_ms: float,
         alarm_after: Callable[[], int | None],
-        passed: Callable[[int], None] | None,
+        passed: Callable[[int, bool], None] | None,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         """Prepare; sockets are bound by `run`.
@@ -78,11 +79,16 @@ class Publishing:
             events: told of alarms and unjournaled verdicts.
             journal_wait_ms: how long a verdict waits for its commit, if its deadline allows.
             alarm_after: rejects in a row that raise an alarm; None: never.
-            passed: told of each OK once it is sent; None: nobody wants to know.
+            passed: told of each OK once it is sent, and whether that was late; None: nobody wants to know.
             log: for each verdict at level debug.
         """
         self._station, self._boot = station, boot
-        self._verdict_endpoints, self._map_endpoints = endpoints
+        verdicts, maps = endpoints
+        self._wanted = (
+            Bound(zmq.PUB, verdicts, Right.SUBSCRIBE, {zmq.SNDHWM: _VERDICT_HIGH_WATER_MARK}),
+            Bound(zmq.PUB, maps, Right.SUBSCRIBE, {zmq.SNDHWM: _MAP_HIGH_WATER_MARK}),
+        )
+        self._sends_maps = bool(maps)
         self._context = context
         self._security = security
         self._ledger = ledger
@@ -103,8 +109,6 @@ class Publishing:
         """Done when every endpoint is bound; holds the exception when one could not be."""
         self.probe_seen = 0
         """Number of the last probe that came all the way through."""
-        self.published_before = 0
-        """Last number that an earlier run published."""
         self.last_outcome: Outcome | None = None
         self.first_grab_ns: int | None = None
         self.last_sent_ns = 0
@@ -126,38 +130,17 @@ class Publishing:
         """Bind, then publish until the ledger is over."""
         while not self._ledger.over:
             self._rebind.clear()
-            self._run_bound()
+            with bound(self._context, self._security, self._wanted, self.ready) as (verdicts, maps):
+                self._serve(verdicts, maps)
 
-    def _run_bound(self) -> None:
-        sockets: list[Socket] = []
-        try:
-            try:
-                for endpoints, mark in (
-                    (self._verdict_endpoints, _VERDICT_HIGH_WATER_MARK),
-                    (self._map_endpoints, _MAP_HIGH_WATER_MARK),
-                ):
-                    socket = self._context.socket(zmq.PUB)
-                    sockets.append(socket)
-                    socket.setsockopt(zmq.SNDHWM, mark)
-                    socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)  # of subscriptions
-                    bind(socket, endpoints, self._security, Right.SUBSCRIBE)
-            except BaseException as error:
-                if not self.ready.done():
-                    self.ready.set_exception(error)
-                raise
-            if not self.ready.done():
-                self.ready.set_result(None)
-            verdicts, maps = sockets
-            while not (self._ledger.over or self._rebind.is_set()):
-                entry = self._ledger.take(_LOOK_UP_S)
-                if entry is not None:
-                    self._publish(entry, verdicts, maps)
-                self._send_messages(verdicts)
-                self.probe_seen = self._probe
+    def _serve(self, verdicts: Socket, maps: Socket) -> None:
+        while not (self._ledger.over or self._rebind.is_set()):
+            entry = self._ledger.take(_LOOK_UP_S)
+            if entry is not None:
+                self._publish(entry, verdicts, maps)
             self._send_messages(verdicts)
-        finally:
-            for socket in sockets:
-                socket.close()  # lingers as `bind` has set
+            self.probe_seen = self._probe
+        self._send_messages(verdicts)
 
     def _send_messages(self, verdicts: Socket) -> None:
         for topic, message in self._outbox.take():
@@ -175,7 +158,8 @@ class Publishing:
             self._remember(entry)
             entry.sent = True
             if self._passed is not None and inspection.outcome is Outcome.OK:
-                self._let_pass(entry, self._passed)
+                late = entry.due_ns is not None and time.monotonic_ns() > entry.due_ns + entry.margin_ns
+                self._passed(entry.sequence, late)
         self.last_sent_ns = time.monotonic_ns()
         inspected = inspection.outcome is not Outcome.INVALID
         self._ledger.done(entry, msgspec.structs.astuple(latency) if inspected else None)
@@ -187,15 +171,6 @@ class Publishing:
         self._log.debug(
             "verdict", sequence=entry.sequence, verdict=inspection.outcome.value, score=inspection.score
         )
-
-    def _let_pass(self, entry: Entry, passed: Callable[[int], None]) -> None:
-        """Have the gate opened for this part; not for the one that stands there when the verdict was late."""
-        if entry.due_ns is None or time.monotonic_ns() <= entry.due_ns + entry.margin_ns:
-            passed(entry.sequence)
-        else:
-            self._events.say(
-                EventKind.CAMERA, "an OK part got no pass pulse", sequence=entry.sequence, error="late"
-            )
 
     def _remember(self, entry: Entry) -> None:
         with self._recent_lock:
@@ -265,7 +240,7 @@ class Publishing:
         )
 
     def _send_map(self, entry: Entry, inspection: Inspection, maps: Socket) -> None:
-        if inspection.anomaly_map is None or not self._map_endpoints:
+        if inspection.anomaly_map is None or not self._sends_maps:
             return
         described = MapMessage(
             schema=MAP_SCHEMA,
@@ -294,10 +269,6 @@ class Publishing:
     def _topic(self, kind: str) -> bytes:
         # Topics end with a slash, so that a filter for station1 does not match station10.
         return f"{kind}/{self._station}/".encode()
-
-
-_FAIR_WAIT_NS = 1_000_000
-"""A journal that was given less time than this is not called slow."""
 
 
 def _us(ns: int) -> int:

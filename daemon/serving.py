@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +20,6 @@ from daemon.keys import Right, Security
 from daemon.messages import encode
 from daemon.replies import (
     LATER,
-    MAX_REQUEST_BYTES,
     BadRequest,
     Command,
     Replay,
@@ -29,7 +29,7 @@ from daemon.replies import (
     read_command,
     read_replay,
 )
-from daemon.sockets import Context, Socket, bind
+from daemon.sockets import Bound, Context, Socket, bound
 
 _POLL_MS = 50
 _BUSY_POLL_MS = 5
@@ -38,6 +38,9 @@ _PIECE = 256
 _REPLAYS_AT_ONCE = 8
 _ANSWERS_AT_ONCE = 32
 _LAST_ANSWERS_S = 0.5
+"""How long the sockets stay open, once they should close, for answers that are still to come."""
+_READ_WITHIN_S = 0.1
+"""ZeroMQ throws away what a client with ZMQ_IMMEDIATE has not read when its connection ends."""
 _ANSWERED_WITHIN_S = 300.0
 """A snapshot of a line that stands still, a reload that hangs: nobody waits longer."""
 _REQUESTS_A_TURN = 64
@@ -88,6 +91,8 @@ class _Stream:
     """Last number wanted; None: up to the present."""
     unsent: list[bytes] | None = None
     """A piece that the client has no room for yet."""
+    more: bool = True
+    """Another piece follows the one that was made last."""
 
 
 class Serving:
@@ -103,7 +108,11 @@ class Serving:
         controls: Controls,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
-        self._endpoints = {Right.CONTROL: control, Right.REPLAY: replay}
+        options = {zmq.ROUTER_MANDATORY: 1}
+        self._wanted = (
+            Bound(zmq.ROUTER, control, Right.CONTROL, options),
+            Bound(zmq.ROUTER, replay, Right.REPLAY, options),
+        )
         self._context = context
         self._security = security
         self._controls = controls
@@ -111,6 +120,7 @@ class Serving:
         self._rebind, self._end = threading.Event(), threading.Event()
         self._streams: deque[_Stream] = deque()
         self._awaited: list[_Awaited] = []
+        self._answered_s = -math.inf
         self.ready: Future[None] = Future()
         """Done when every endpoint is bound; holds the exception when one could not be."""
 
@@ -127,48 +137,31 @@ class Serving:
         while not self._end.is_set():
             self._rebind.clear()
             self._streams.clear()
-            sockets: dict[Right, Socket] = {}
-            try:
-                try:
-                    for right, endpoints in self._endpoints.items():
-                        sockets[right] = self._bound(endpoints, right)
-                except BaseException as error:
-                    if not self.ready.done():
-                        self.ready.set_exception(error)
-                    raise
-                if not self.ready.done():
-                    self.ready.set_result(None)
-                self._serve(sockets[Right.CONTROL], sockets[Right.REPLAY])
-            finally:
-                for socket in sockets.values():
-                    socket.close()
-
-    def _bound(self, endpoints: Sequence[str], right: Right) -> Socket:
-        socket = self._context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        try:
-            bind(socket, endpoints, self._security, right)
-        except BaseException:
-            socket.close()
-            raise
-        return socket
+            with bound(self._context, self._security, self._wanted, self.ready) as (control, replay):
+                self._serve(control, replay)
 
     def _serve(self, control: Socket, replay: Socket) -> None:
         poller = zmq.Poller()
         poller.register(control, zmq.POLLIN)
         poller.register(replay, zmq.POLLIN)
-        while not (self._end.is_set() or self._rebind.is_set()):
-            poller.poll(_BUSY_POLL_MS if self._streams or self._awaited else _POLL_MS)
+        leave_s: float | None = None
+        while not self._may_leave(leave_s):
+            if leave_s is None and (self._end.is_set() or self._rebind.is_set()):
+                leave_s = time.monotonic() + _LAST_ANSWERS_S
+            poller.poll(_BUSY_POLL_MS if self._streams or self._awaited or leave_s is not None else _POLL_MS)
             for message in _received(control):
                 self._command(control, message)
             for message in _received(replay):
                 self._begin_replay(replay, message)
             self._send_answers(control)
             self._send_pieces(replay)
-        # Whoever asked for the reload that brought us here still gets its answer.
-        wait([item.answer for item in self._awaited], _LAST_ANSWERS_S)
-        self._send_answers(control)
+
+    def _may_leave(self, leave_s: float | None) -> bool:
+        """Tell whether the sockets may close: whoever asked for the reload that brings us here has its answer."""
+        if leave_s is None:
+            return False
+        now_s = time.monotonic()
+        return now_s >= leave_s or (not self._awaited and now_s >= self._answered_s + _READ_WITHIN_S)
 
     def _command(self, socket: Socket, message: list[bytes]) -> None:
         route, body = message[:-1], message[-1]
@@ -209,6 +202,7 @@ class Serving:
         """Send; a client that is gone or does not read gets nothing."""
         try:
             socket.send_multipart([*route, encode(reply), *more], flags=zmq.DONTWAIT)
+            self._answered_s = time.monotonic()
         except zmq.ZMQError as error:
             self._log.debug("a client was gone before its answer", error=error.strerror)
 
@@ -255,9 +249,8 @@ class Serving:
             socket.send_multipart([*stream.route, *stream.unsent], flags=zmq.DONTWAIT)
         except zmq.Again:
             return False  # it reads slowly; the next turn tries again
-        more = msgspec.json.decode(stream.unsent[0], type=ReplayReply).more
         stream.unsent = None
-        return not more
+        return not stream.more
 
     def _next_piece(self, stream: _Stream) -> list[bytes]:
         present = self._controls.last_published()
@@ -274,8 +267,10 @@ class Serving:
         if wanted <= last:
             missing.append([wanted, last])
         stream.next = max(stream.next, last + 1)
-        more = stream.next <= end
-        head = ReplayReply(stream.id, ok=True, verdicts=len(bodies), missing=missing, more=more, next=stream.next)
+        stream.more = stream.next <= end
+        head = ReplayReply(
+            stream.id, ok=True, verdicts=len(bodies), missing=missing, more=stream.more, next=stream.next
+        )
         return [encode(head), *bodies]
 
 

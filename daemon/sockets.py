@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 
 from daemon.keys import Right, Security
+from daemon.replies import MAX_REQUEST_BYTES
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
-LINGER_MS = 2000
+_LINGER_MS = 2000
 _FREE_AGAIN_S = 0.5
 _SOCKET_MODE = 0o660
 """Of ipc sockets: for the service's own user and group."""
@@ -23,12 +27,56 @@ class EndpointError(Exception):
     """An endpoint cannot be bound or connected; the message names it and says why."""
 
 
-def bind(socket: Socket, endpoints: Sequence[str], security: Security, right: Right) -> None:
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A socket that is wanted, and where."""
+
+    kind: int
+    endpoints: Sequence[str]
+    right: Right
+    options: Mapping[zmq.SocketOption, int]
+    """ZeroMQ's socket options beside those that every socket has."""
+
+
+@contextmanager
+def bound(
+    context: Context, security: Security, wanted: Sequence[Bound], ready: Future[None]
+) -> Iterator[list[Socket]]:
+    """Open sockets for as long as a thread serves them.
+
+    Args:
+        context: shared with the thread that authenticates clients.
+        security: keys that the sockets ask for.
+        wanted: in the order in which they are returned.
+        ready: done once all are bound, the first time; holds the exception when one could not be.
+    """
+    sockets: list[Socket] = []
+    try:
+        try:
+            for each in wanted:
+                sockets.append(context.socket(each.kind))
+                for option, value in each.options.items():
+                    sockets[-1].setsockopt(option, value)
+                _bind(sockets[-1], each.endpoints, security, each.right)
+        except BaseException as error:
+            if not ready.done():
+                ready.set_exception(error)
+            raise
+        if not ready.done():
+            ready.set_result(None)
+        yield sockets
+    finally:
+        for socket in sockets:
+            socket.close()
+
+
+def _bind(socket: Socket, endpoints: Sequence[str], security: Security, right: Right) -> None:
     """Bind a socket to all its endpoints, with CURVE on TCP where keys are configured. Raises EndpointError."""
-    socket.setsockopt(zmq.LINGER, LINGER_MS)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)  # of requests and of subscriptions
     socket.setsockopt(zmq.IPV6, any("[" in endpoint for endpoint in endpoints))
     for endpoint in endpoints:
-        path = ipc_path(endpoint)
+        path = _ipc_path(endpoint)
         security.protect(socket, right, encrypted=path is None)
         try:
             if path is not None:
@@ -55,6 +103,6 @@ def _bind_patiently(socket: Socket, endpoint: str) -> None:
         time.sleep(_FREE_AGAIN_S / 50)
 
 
-def ipc_path(endpoint: str) -> Path | None:
+def _ipc_path(endpoint: str) -> Path | None:
     """Return the file of an ipc endpoint; None for others."""
     return Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None

@@ -27,7 +27,7 @@ from daemon.events import EventKind, Events, Outbox
 from daemon.health import Health
 from daemon.journal import Journal, Retention
 from daemon.judging import Judging
-from daemon.keys import Client, KeysError, Security
+from daemon.keys import Security
 from daemon.ledger import Ledger
 from daemon.messages import HealthMessage
 from daemon.notify import Notifier
@@ -212,6 +212,9 @@ class Station:
     def _make_passing(self) -> Passing:
         return Passing(lambda: self._camera.signal_pass(), self.events)
 
+    def _ask_to_pass(self, sequence: int, late: bool) -> None:
+        self._passing.passed(sequence, late)  # the present one: a hung one is replaced
+
     def _make_publishing(self, context: Context) -> Publishing:
         config = self._config
         return Publishing(
@@ -227,7 +230,7 @@ class Station:
             events=self.events,
             journal_wait_ms=0 if config.journal is False else config.journal.wait_ms,
             alarm_after=lambda: self._config.verdict.alarm_after_rejects,
-            passed=(lambda sequence: self._passing.passed(sequence)) if self._camera.signals_pass else None,
+            passed=self._ask_to_pass if self._camera.signals_pass else None,
             log=self._log,
         )
 
@@ -249,7 +252,7 @@ class Station:
             sequences.at_least(self._journal.open())
             self._begin_simple("journal", self._journal.write)
             self._begin_simple("flusher", self._journal.flush)
-        self._publishing.published_before = sequences.published
+        self.tally.go_on_after(sequences.published)
         self._begin_simple("archive", self._archive.write)
         # The sockets come first: subscribers that wait for us connect while the networks are loaded.
         self._begin_simple("publisher", self._publishing.run)
@@ -513,29 +516,20 @@ class Station:
     # Reloading
 
     def reload(self) -> dict[str, str]:
-        """Take a new configuration, bundle, calibration and keys between two frames.
+        """Take a new configuration, bundle, calibration and keys between two frames; an event says how it went.
 
         Returns the ids of what judges now. Raises ReloadRefused; then nothing has changed.
         """
-        if self._config_path is None:
-            raise ReloadRefused("this station was started without a configuration file")
-        if not self._reloading.acquire(blocking=False):
-            raise ReloadRefused("another reload is under way")
         try:
-            clients = self._read_clients()
-            config, bundle, inspector, camera = self._prepare_reload(self._config_path)
-            swap = Swap(inspector, config.threads or self._all_threads)
-            self._line.send(swap)
-            wait([swap.done], self._config.supervision.hang_s)
-            if swap.done.cancel():  # or the engine has failed, and cancelled it
-                raise ReloadRefused("the engine does not take the new model now; try again")
-            self._config, self._bundle = config, bundle
-            self._new_camera = camera
-            if self._security.install(clients):
-                self._publishing.rebind()
-                self._serving.rebind()
-        finally:
-            self._reloading.release()
+            if not self._reloading.acquire(blocking=False):
+                raise ReloadRefused("another reload is under way")
+            try:
+                self._reload()
+            finally:
+                self._reloading.release()
+        except ReloadRefused as error:
+            self.events.say(EventKind.RELOAD, "the reload was refused; the old one goes on", error=str(error))
+            raise
         judged_by = self._ledger.judged_by
         self.events.say(
             EventKind.RELOAD,
@@ -547,34 +541,38 @@ class Station:
         )
         return {"model": judged_by.model, "calibration": judged_by.calibration}
 
-    def _prepare_reload(self, path: Path) -> tuple[StationConfig, Bundle, Inspector, Camera | None]:
+    def _reload(self) -> None:
         try:
-            config = load_config(path)
-            if self._state_dir is not None:
-                config = config.model_copy(update={"state_dir": self._state_dir})
-            check_changes(self._config, config)
-            bundle = read_bundle(config.model)
-            inspector = self._make_inspector(config, bundle)
-            camera = self._camera_for(config) if config.camera != self._config.camera else None
-            if camera is not None and camera.signals_pass != self._camera.signals_pass:
-                raise ReloadRefused("cannot change while running: camera.pass_output; restart the daemon for that")
-        except ReloadRefused as error:
-            self._refused(error)
+            config, bundle, inspector, camera = self._prepare_reload()
+            clients = self._security.read()
+        except ReloadRefused:
             raise
         except Exception as error:
-            self._refused(error)
             raise ReloadRefused(str(error)) from error
+        swap = Swap(inspector, config.threads or self._all_threads)
+        self._line.send(swap)
+        wait([swap.done], self._config.supervision.hang_s)
+        if swap.done.cancel():  # or the engine has failed, and cancelled it
+            raise ReloadRefused("the engine does not take the new model now; try again")
+        self._config, self._bundle = config, bundle
+        self._new_camera = camera
+        if self._security.install(clients):
+            self._publishing.rebind()
+            self._serving.rebind()
+
+    def _prepare_reload(self) -> tuple[StationConfig, Bundle, Inspector, Camera | None]:
+        if self._config_path is None:
+            raise ReloadRefused("this station was started without a configuration file")
+        config = load_config(self._config_path)
+        if self._state_dir is not None:
+            config = config.model_copy(update={"state_dir": self._state_dir})
+        check_changes(self._config, config)
+        bundle = read_bundle(config.model)
+        inspector = self._make_inspector(config, bundle)
+        camera = self._camera_for(config) if config.camera != self._config.camera else None
+        if camera is not None and camera.signals_pass != self._camera.signals_pass:
+            raise ReloadRefused("cannot change while running: camera.pass_output; restart the daemon for that")
         return config, bundle, inspector, camera
-
-    def _read_clients(self) -> dict[bytes, Client]:
-        try:
-            return self._security.read()
-        except KeysError as error:
-            self._refused(error)
-            raise ReloadRefused(str(error)) from error
-
-    def _refused(self, error: Exception) -> None:
-        self.events.say(EventKind.RELOAD, "the reload was refused; the old one goes on", error=str(error))
 
     def _reload_and_say(self) -> None:
         self._notifier.send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")

@@ -47,6 +47,11 @@ class Tally:
         self._commit_us = np.zeros(_KEPT, np.int64)
         self._commits = 0
 
+    def go_on_after(self, sequence: int) -> None:
+        """Learn the last number that an earlier run published."""
+        with self._lock:
+            self._last_sequence = sequence
+
     def saw(self) -> None:
         """Count a frame or trigger that was given a number."""
         with self._lock:
