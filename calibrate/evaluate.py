@@ -17,7 +17,7 @@ from calibrate.layouts import GOOD, DatasetError, TestImage, TestSet, load_test_
 from calibrate.metrics import ImageMetrics, PixelMetrics, PixelTally, Rate, image_metrics, score_edges
 from drivers.frame import PixelFormat
 from pipeline.bundle import Bundle
-from pipeline.engines import DeviceChoice, make_engine
+from pipeline.engines import DeviceChoice, PrecisionChoice, make_engine
 from pipeline.inspect import Inspector, Outcome
 from pipeline.plausible import PlausibleLimits
 from pipeline.scoring import FloatMap, Scorer
@@ -103,6 +103,7 @@ def evaluate(
     bundle: Bundle,
     dataset: Path,
     device: DeviceChoice = "auto",
+    precision: PrecisionChoice = "auto",
     on_image: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score every test image through the daemon's own path and compare with the truth.
@@ -111,13 +112,14 @@ def evaluate(
         bundle: to evaluate.
         dataset: in one of the layouts of `calibrate.layouts`.
         device: that runs the networks.
+        precision: of the CPU engine.
         on_image: told how many of how many images are done.
 
     Raises DatasetError when the layout is not known or an image cannot be judged, EngineUnavailable.
     """
     test_set = load_test_set(dataset)
     images, seen = _unseen(test_set.images, bundle)
-    engine = make_engine(bundle.model, device)
+    engine = make_engine(bundle, device, precision=precision)
     # A test set may hold black or repeated pictures on purpose: every image gets a score.
     limits = PlausibleLimits(black_below=0, saturated_above=1, frozen_frames=0)
     inspector = Inspector(bundle, engine.engine, limits=limits)
@@ -158,7 +160,7 @@ def evaluate(
             "layout": test_set.layout.value,
             "images": len(scored),
             "model": bundle.model_id,
-            "calibration": bundle.calibration_id,
+            "calibration": inspector.bundle.calibration_id,
             "size": bundle.model.size,
             "image_size": [bundle.model.geometry.image_width, bundle.model.geometry.image_height],
             "teacher": dict(bundle.teacher),
@@ -166,6 +168,7 @@ def evaluate(
                 k: bundle.training.get(k) for k in ("preset", "steps", "seed", "learning_rate", "precision")
             },
             "device": engine.engine.device,
+            "precision": engine.engine.precision,
             "machine": platform.machine(),
             "versions": {
                 name: importlib.metadata.version(name) for name in ("inspectord", "torch", "scikit-learn")

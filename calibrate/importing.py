@@ -10,19 +10,20 @@ from calibrate.dataset import PreparedImages
 from calibrate.foreign import ForeignModel, ImportFailed
 from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
-from calibrate.train import calibrated, good_images, raw_maps
+from calibrate.train import Listener, calibrated, good_images, raw_maps, with_precisions
 from pipeline.bundle import Bundle, Model, write_bundle
 from pipeline.networks import EfficientAD
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer
 
 
-def import_model(foreign: ForeignModel, options: TrainOptions) -> Bundle:
+def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listener | None = None) -> Bundle:
     """Calibrate a foreign model on good images and write it as a bundle.
 
     Args:
         foreign: what `read_foreign` found.
         options: `dataset` holds the good images, `out` takes the bundle; geometry as the model was trained.
+        listener: told what is found about precisions.
 
     Raises ImportFailed when the weights are not EfficientAD's, DatasetError, or OSError.
     """
@@ -56,11 +57,13 @@ def import_model(foreign: ForeignModel, options: TrainOptions) -> Bundle:
             )
     networks.teacher_mean.copy_(statistics[0])
     networks.teacher_std.copy_(statistics[1])
+    held_out = PreparedImages(good.held_out, preprocess, options.pixel_format, 0)
     model = Model(foreign.size, options.geometry, options.preprocess, networks.state_dict())
     scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
+    maps = raw_maps(model, good.held_out, replace(options, device="cpu"))
     bundle, _ = calibrated(
         model,
-        raw_maps(model, good.held_out, replace(options, device="cpu")),
+        maps,
         scorer,
         options,
         autoencoder=True,
@@ -74,4 +77,5 @@ def import_model(foreign: ForeignModel, options: TrainOptions) -> Bundle:
             "digests": good.digests,
         },
     )
+    bundle = with_precisions(bundle, held_out, maps, scorer, options, listener or Listener())
     return write_bundle(bundle, options.out)

@@ -31,7 +31,7 @@ from drivers.frame import Image, PixelFormat
 from drivers.replay import decode_image, format_of
 from pipeline.bundle import Bundle, Model, is_bundle, sha256_hex, write_bundle
 from pipeline.engine import RawMaps
-from pipeline.engines import make_engine
+from pipeline.engines import make_float_engine
 from pipeline.preprocess import Preprocessor, check_correction, correction_for
 from pipeline.scoring import Scorer, combine_maps
 
@@ -140,7 +140,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         teacher=teacher.facts,
         training=_training_facts(settings, good, options),
     )
-    bundle = write_bundle(bundle, options.out)
+    bundle = write_bundle(with_precisions(bundle, held_out, maps, scorer, options, listener), options.out)
     delete_checkpoint(options.out)
     record = TrainingRecord(
         losses=losses,
@@ -190,6 +190,29 @@ def calibrated(
     return bundle, scores
 
 
+def with_precisions(
+    bundle: Bundle,
+    held_out: PreparedImages,
+    maps: list[RawMaps],
+    scorer: Scorer,
+    options: TrainOptions,
+    listener: Listener,
+) -> Bundle:
+    """Calibrate the CPU engine's precisions, where OpenVINO is installed."""
+    try:
+        from calibrate.precision import calibrate_precisions
+    except ImportError as error:
+        listener.say(f"the CPU engine's precisions are not calibrated: {error}")
+        return bundle
+    calibrated = calibrate_precisions(bundle, held_out, maps, scorer, options)
+    for name, found in calibrated.precisions.items():
+        listener.say(
+            f"{name}: {found.infer_ms:.1f} ms, threshold {found.threshold:.4f}, scores deviate by up to "
+            f"{found.largest_deviation:.0%} of the tolerance" + ("" if found.trusted else ": not trusted")
+        )
+    return calibrated
+
+
 def _settings(trainer: Trainer, good: GoodImages, teacher: dict[str, Any]) -> dict[str, Any]:
     """Everything that determines the outcome, to tell whether a checkpoint belongs to this run."""
     o, spec = trainer.options, trainer.options.preprocess
@@ -229,7 +252,7 @@ def _training_facts(settings: dict[str, Any], good: GoodImages, options: TrainOp
 
 def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions) -> list[RawMaps]:
     """Run images through the very engine that the daemon uses."""
-    engine = make_engine(model, "cpu" if options.device == "cpu" else "auto").engine
+    engine = make_float_engine(model, "cpu" if options.device == "cpu" else "auto")
     maps = []
     for file in files:
         try:

@@ -35,8 +35,6 @@ class Swap:
     """Judge what follows with another inspector."""
 
     inspector: Inspector
-    threads: int | None = None
-    """Of the CPU engine: a setting that belongs to the thread that judges."""
     done: Future[None] = field(default_factory=Future)
 
 

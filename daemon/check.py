@@ -9,9 +9,12 @@ from daemon.config import StationConfig
 from drivers.camera import Camera, CameraError, EndOfStream
 from drivers.catalog import make_camera
 from drivers.frame import Frame
-from pipeline.bundle import read_bundle
+from pipeline.bundle import Bundle, read_bundle
+from pipeline.engine import Engine
 from pipeline.engines import make_engine
 from pipeline.inspect import Inspector
+from pipeline.preprocess import Preprocessor
+from pipeline.scoring import Scorer
 
 _FIRST_FRAME_S = 10.0
 
@@ -28,22 +31,22 @@ def check_station(config: StationConfig) -> Iterator[str]:
     yield f"configuration: station {config.station}"
     bundle = read_bundle(config.model)
     g = bundle.model.geometry
-    threshold = bundle.threshold if config.threshold is None else config.threshold
     yield (
         f"bundle: {config.model}, EfficientAD {bundle.model.size}, input {g.image_width}x{g.image_height} px, "
         f"map {g.map_width}x{g.map_height}, tiles {g.tile_rows}x{g.tile_columns}, "
-        f"model {bundle.model_id}, calibration {bundle.calibration_id}, threshold {threshold:.4f}"
+        f"model {bundle.model_id}"
     )
-    choice = make_engine(bundle.model, config.device, config.threads)
-    choice.engine.warm_up()
-    yield f"engine: {choice.engine.device} ({choice.because})"
+    choice = make_engine(bundle, config.device, config.threads, config.precision, pin_threads=config.pin_threads)
+    engine = choice.engine
+    engine.warm_up()
+    yield f"engine: {engine.device}, {engine.precision} ({choice.because})"
     camera = make_camera(config.camera)
     try:
         info = camera.open()
         size = f"{info.width}x{info.height} px" if info.width else "size varies"
         yield f"camera: {info.model}, {info.source}, {size}, {info.pixel_format or 'format varies'}"
         frame = _first_frame(camera)
-        inspector = Inspector(bundle, choice.engine, limits=config.plausible.limits(), threshold=threshold)
+        inspector = Inspector(bundle, engine, limits=config.plausible.limits(), threshold=config.threshold)
         inspection = inspector.inspect(frame)
     finally:
         camera.close()
@@ -51,10 +54,34 @@ def check_station(config: StationConfig) -> Iterator[str]:
     yield f"frame: {frame.source}, {shape}, {frame.pixel_format or 'no format'}, {frame.status.value}"
     if inspection.reason is not None:
         raise CheckFailed(f"the frame is INVALID/{inspection.reason.value}: {inspection.detail}")
+    if engine.precision != "fp32":
+        yield _check_precision(bundle, engine, frame)
+    judged_by = inspector.bundle
+    yield f"threshold: {inspector.threshold:.4f}, calibration {judged_by.calibration_id}"
     yield (
         f"verdict: {inspection.outcome.value}, score {inspection.score:.4f}, {len(inspection.regions)} regions, "
         f"preprocess {inspection.preprocess_ns / 1e6:.1f} ms, infer {inspection.infer_ns / 1e6:.1f} ms"
     )
+
+
+def _check_precision(bundle: Bundle, engine: Engine, frame: Frame) -> str:
+    """Hold the engine against float32 on this very processor. Raises CheckFailed."""
+    from calibrate.precision import check_precision
+    from pipeline.engine_cpu import CpuEngine
+
+    assert isinstance(engine, CpuEngine)
+    assert frame.image is not None
+    assert frame.pixel_format is not None
+    model = bundle.model
+    prepared = Preprocessor(model.preprocess)(frame.image, frame.pixel_format)
+    scorer = Scorer(model.geometry, model.preprocess.ignored_in_roi())
+    deviation = check_precision(bundle, engine, prepared, scorer)
+    if deviation > 1:
+        raise CheckFailed(
+            f"precision {engine.precision}: scores differ from float32's by {deviation:.0%} of what is tolerated; "
+            "set precision: fp32"
+        )
+    return f"precision: {engine.precision}, scores deviate by up to {deviation:.0%} of what is tolerated"
 
 
 def _first_frame(camera: Camera) -> Frame:

@@ -151,6 +151,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="write all metrics to this file")] = None,
     report: Annotated[Path | None, typer.Option(help="write an HTML report with pictures into this folder")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    precision: Annotated[str, typer.Option(help="of the CPU engine: auto, fp32, bf16 or int8")] = "auto",
 ) -> None:
     """Score a test set: image and pixel metrics, each kind of defect, rejects and escapes at the threshold."""
     with clear_errors():
@@ -160,6 +161,7 @@ def evaluate(
         from pipeline.bundle import read_bundle, write_atomically
 
         chosen = one_of(device, "--device", "auto", "cpu", "cuda")
+        one_of(precision, "--precision", "auto", "fp32", "bf16", "int8")
         loaded = read_bundle(bundle)
         check_json_file(json_file)
         if report is not None:
@@ -171,7 +173,7 @@ def evaluate(
                 if listener.should_stop():
                     raise KeyboardInterrupt
 
-            result = evaluate_bundle(loaded, dataset, chosen, on_image)  # type: ignore[arg-type]
+            result = evaluate_bundle(loaded, dataset, chosen, precision, on_image)  # type: ignore[arg-type]
         _print_evaluation(result)
         if json_file is not None:
             text = json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n"

@@ -214,13 +214,16 @@ def replay_images(
     model: Annotated[Path, typer.Option(help="bundle to judge them with", file_okay=False)],
     threshold: Annotated[float | None, typer.Option(help="instead of the bundle's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    precision: Annotated[str, typer.Option(help="of the CPU engine: auto, fp32, bf16 or int8")] = "auto",
 ) -> None:
     """Judge kept images again with another bundle or calibration, and print what would change."""
     from daemon.replay_images import Judgement, judge_again
 
     with clear_errors():
         changed = failed = total = 0
-        for item in judge_again(folder, model, threshold, one_of(device, "--device", "auto", "cpu", "cuda")):
+        one_of(device, "--device", "auto", "cpu", "cuda")
+        one_of(precision, "--precision", "auto", "fp32", "bf16", "int8")
+        for item in judge_again(folder, model, threshold, device, precision):  # type: ignore[arg-type]
             total += 1
             if not isinstance(item, Judgement):
                 failed += 1

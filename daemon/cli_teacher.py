@@ -96,6 +96,7 @@ def import_foreign(
         from calibrate.importing import import_model
         from calibrate.options import TrainOptions
         from calibrate.teacher import Teacher, write_teacher
+        from daemon.progress import ConsoleListener
         from pipeline.bundle import is_bundle
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
@@ -120,7 +121,7 @@ def import_foreign(
             false_reject_rate=false_reject_rate,
             seed=seed,
         )
-        bundle = import_model(found, options)
+        bundle = import_model(found, options, ConsoleListener())
     typer.echo(
         f"{out.absolute()}: model {bundle.model_id}, threshold {bundle.threshold:.4f} "
         f"from {bundle.calibration['held_out_images']} held-out images"

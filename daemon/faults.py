@@ -18,7 +18,7 @@ from daemon.cli_errors import clear_errors
 from daemon.cli_options import ConfigOption
 from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.frame import Frame, Image, PixelFormat
-from pipeline.bundle import Model
+from pipeline.bundle import Bundle
 from pipeline.engine import Engine, RawMaps
 from pipeline.engines import EngineChoice, make_engine
 
@@ -72,7 +72,7 @@ class FaultyEngine:
 
     def __init__(self, engine: Engine, faults: Faults) -> None:
         self._engine, self._faults = engine, faults
-        self.device = engine.device
+        self.device, self.precision = engine.device, engine.precision
 
     def warm_up(self) -> None:
         """Warm the real engine up."""
@@ -142,8 +142,8 @@ def run_faulty(
         settings = load_config(config)
         faults = Faults(folder, settings.supervision.hang_s)
 
-        def engine_for(model: Model) -> EngineChoice:
-            choice = make_engine(model, settings.device, settings.threads)
+        def engine_for(bundle: Bundle) -> EngineChoice:
+            choice = make_engine(bundle, settings.device, settings.threads, settings.precision)
             return EngineChoice(FaultyEngine(choice.engine, faults), choice.because)
 
         station = Station(

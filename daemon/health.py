@@ -69,6 +69,7 @@ class Health:
             last_sequence=totals.last_sequence,
             camera=camera,
             device=self.device,
+            precision=judged_by.precision,
             model=judged_by.model,
             calibration=judged_by.calibration,
             journal=self._journal_health(),

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from dataclasses import asdict
 
 import structlog
-import torch
 
 from daemon.channels import Channel, Closed, Grabbed, Probe, Swap
 from daemon.events import EventKind, Events
@@ -83,8 +82,6 @@ class Judging:
             elif isinstance(item, Swap):
                 if item.done.set_running_or_notify_cancel():
                     inspector = item.inspector
-                    if item.threads is not None:
-                        torch.set_num_threads(item.threads)
                     self._now_judging(inspector)
                     item.done.set_result(None)
             else:
@@ -99,7 +96,9 @@ class Judging:
         bundle = inspector.bundle
         roi = bundle.model.preprocess.roi
         geometry = {**bundle.model.geometry.to_json(), "roi": None if roi is None else asdict(roi)}
-        self._judged_by = JudgedBy(bundle.model_id, bundle.calibration_id, inspector.threshold, geometry)
+        self._judged_by = JudgedBy(
+            bundle.model_id, bundle.calibration_id, inspector.threshold, inspector.engine.precision, geometry
+        )
         self._ledger.judged_by = self._judged_by
 
     def _judge(self, inspector: Inspector, item: Grabbed) -> None:

@@ -155,6 +155,7 @@ class HealthMessage(msgspec.Struct, frozen=True):
     last_sequence: int
     camera: CameraHealth
     device: str | None
+    precision: str
     model: str
     calibration: str
     journal: JournalHealth | None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
 
 from daemon.images import read_picture
 from pipeline.bundle import read_bundle
-from pipeline.engines import make_engine
+from pipeline.engines import DeviceChoice, PrecisionChoice, make_engine
 from pipeline.inspect import Inspector
 from pipeline.plausible import PlausibleLimits
 
@@ -34,14 +33,14 @@ class Unreadable:
 
 
 def judge_again(
-    folder: Path, model: Path, threshold: float | None, device: str
+    folder: Path, model: Path, threshold: float | None, device: DeviceChoice, precision: PrecisionChoice
 ) -> Iterator[Judgement | Unreadable]:
     """Judge every kept image below a folder. Raises BundleError, EngineUnavailable or FileNotFoundError."""
     descriptions = sorted(folder.rglob("*.json"))
     if not descriptions:
         raise FileNotFoundError(f"{folder.absolute()}: no kept images there")
     bundle = read_bundle(model)
-    engine = make_engine(bundle.model, cast(Literal["auto", "cpu", "cuda"], device)).engine
+    engine = make_engine(bundle, device, precision=precision).engine
     # One image says nothing of frozen ones, and the files need not follow one another.
     inspector = Inspector(bundle, engine, limits=PlausibleLimits(frozen_frames=0), threshold=threshold)
     for path in descriptions:

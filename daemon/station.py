@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import structlog
-import torch
 import zmq
 
 from daemon.acquisition import Acquisition, Line
@@ -42,7 +41,7 @@ from daemon.supervision import Failures, Worker
 from daemon.tally import Summary, Tally, summarise
 from drivers.camera import Camera, Fires
 from drivers.catalog import make_camera
-from pipeline.bundle import Bundle, Model, read_bundle
+from pipeline.bundle import Bundle, read_bundle
 from pipeline.engines import EngineChoice, EngineUnavailable, make_engine
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 
@@ -72,7 +71,7 @@ class Station:
         config_path: Path | None = None,
         state_dir: Path | None = None,
         camera_for: Callable[[StationConfig], Camera] | None = None,
-        engine_for: Callable[[Model], EngineChoice] | None = None,
+        engine_for: Callable[[Bundle], EngineChoice] | None = None,
     ) -> None:
         """Prepare; nothing is opened yet.
 
@@ -106,7 +105,6 @@ class Station:
         self._due: dict[str, tuple[float, Callable[[], None]]] = {}
         """Workers that are started again, and when."""
         self._stop_by_s: float | None = None
-        self._all_threads = torch.get_num_threads()
         self.boot = secrets.token_hex(8)
         self.tally = Tally()
         self._outbox = Outbox()
@@ -236,12 +234,15 @@ class Station:
 
     def _make_inspector(self, config: StationConfig, bundle: Bundle) -> Inspector:
         if self._engine_for is not None:
-            choice = self._engine_for(bundle.model)
+            choice = self._engine_for(bundle)
         else:
-            choice = make_engine(bundle.model, config.device, config.threads)
-        self._log.info("engine", device=choice.engine.device, because=choice.because)
-        choice.engine.warm_up()
-        return Inspector(bundle, choice.engine, limits=config.plausible.limits(), threshold=config.threshold)
+            choice = make_engine(
+                bundle, config.device, config.threads, config.precision, pin_threads=config.pin_threads
+            )
+        engine = choice.engine
+        self._log.info("engine", device=engine.device, precision=engine.precision, because=choice.because)
+        engine.warm_up()
+        return Inspector(bundle, engine, limits=config.plausible.limits(), threshold=config.threshold)
 
     # Starting
 
@@ -276,7 +277,7 @@ class Station:
             boot=self.boot,
             device=self._health.device,
             model=self._bundle.model_id,
-            calibration=self._bundle.calibration_id,
+            calibration=self._ledger.judged_by.calibration,
             threshold=self._ledger.judged_by.threshold,
             deadline_ms=self._deadline_ms(),
             verdicts=config.publish.verdicts,
@@ -549,7 +550,7 @@ class Station:
             raise
         except Exception as error:
             raise ReloadRefused(str(error)) from error
-        swap = Swap(inspector, config.threads or self._all_threads)
+        swap = Swap(inspector)
         self._line.send(swap)
         wait([swap.done], self._config.supervision.hang_s)
         if swap.done.cancel():  # or the engine has failed, and cancelled it

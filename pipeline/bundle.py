@@ -11,9 +11,9 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast, get_args
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from pipeline.engine import Precision
 from pipeline.geometry import Geometry
 from pipeline.networks import EfficientAD, PdnSize
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, check_correction
@@ -48,12 +49,39 @@ class Model:
     preprocess: PreprocessSpec
     weights: Mapping[str, Tensor] = field(repr=False)
     """State dict of `EfficientAD`, teacher statistics included."""
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    """Largest magnitude at each convolution's input, for int8; empty where nobody has looked."""
 
     def networks(self) -> EfficientAD:
         """Build the networks with these weights, ready to infer."""
         networks = EfficientAD(self.size, self.geometry)
         networks.load_state_dict(dict(self.weights))
         return networks.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionCalibration:
+    """What belongs to a precision of the CPU engine, taken from the very same images as float32's."""
+
+    quantiles: Quantiles
+    threshold: float
+    largest_deviation: float
+    """Of a score from float32's, as a share of what is tolerated, over good images and pasted anomalies."""
+    infer_ms: float
+    """Median on the machine that calibrated."""
+
+    @property
+    def trusted(self) -> bool:
+        """Tell whether every score stayed within the tolerance."""
+        return self.largest_deviation <= 1
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read what `asdict` gave. Raises KeyError, TypeError or ValueError when it is not that."""
+        numbers = {name: float(data[name]) for name in ("threshold", "largest_deviation", "infer_ms")}
+        if not np.isfinite(list(numbers.values())).all():
+            raise ValueError("a number of a precision is not finite")
+        return cls(Quantiles.from_json(data["quantiles"]), **numbers)
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,8 @@ class Bundle:
     """A part is OK at or below it."""
     teacher: Mapping[str, Any] = field(default_factory=dict)
     """Where the teacher comes from, in words and numbers."""
+    precisions: Mapping[Precision, PrecisionCalibration] = field(default_factory=dict)
+    """For the CPU engine's precisions, the fastest first; `quantiles` and `threshold` above are float32's."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """How the threshold came about."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +106,19 @@ class Bundle:
     model_id: str = ""
     """First 12 hex digits of the weights' SHA-256; filled in when written or read."""
     calibration_id: str = ""
-    """First 12 hex digits of the SHA-256 of quantiles, threshold and preprocessing."""
+    """First 12 hex digits of the SHA-256 of quantiles, threshold, preprocessing and, beside float32, precision."""
+
+    def at(self, precision: Precision) -> Bundle:
+        """Return the bundle with the quantiles and the threshold of a precision. Raises KeyError."""
+        if precision == "fp32":
+            return self
+        found = self.precisions[precision]
+        return replace(
+            self,
+            quantiles=found.quantiles,
+            threshold=found.threshold,
+            calibration_id=sha256_hex(f"{self.calibration_id} {precision}".encode())[:12],
+        )
 
 
 def is_bundle(folder: Path) -> bool:
@@ -120,7 +162,9 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "quantiles": bundle.quantiles.to_json(),
         "threshold": bundle.threshold,
     }
-    basis = [calibration, preprocessing, files]
+    precisions = {name: asdict(found) for name, found in bundle.precisions.items()}
+    decisive = {name: [found["quantiles"], found["threshold"]] for name, found in precisions.items()}
+    basis = [calibration, preprocessing, files, dict(model.ranges), decisive]
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "created": bundle.created,
@@ -130,6 +174,8 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "architecture": {"name": "EfficientAD", "size": model.size, "geometry": model.geometry.to_json()},
         "preprocessing": preprocessing,
         "calibration": calibration,
+        "precisions": [{"precision": name, **found} for name, found in precisions.items()],
+        "activation_ranges": dict(model.ranges),
         "teacher": dict(bundle.teacher),
         "training": dict(bundle.training),
         "files": files,
@@ -197,9 +243,10 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
     if not np.isfinite(threshold):
         raise ValueError(f"threshold is {threshold}")
     return Bundle(
-        model=Model(size, geometry, spec, weights),
+        model=Model(size, geometry, spec, weights, _read_ranges(manifest.get("activation_ranges", {}))),
         quantiles=Quantiles.from_json(calibration["quantiles"]),
         threshold=threshold,
+        precisions=_read_precisions(manifest.get("precisions", [])),
         teacher=manifest["teacher"],
         calibration=calibration,
         training=manifest["training"],
@@ -208,6 +255,20 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
         model_id=manifest["model_id"],
         calibration_id=manifest["calibration_id"],
     )
+
+
+def _read_ranges(data: dict[str, Any]) -> dict[str, float]:
+    ranges = {str(name): float(value) for name, value in data.items()}
+    if not all(np.isfinite(value) and value >= 0 for value in ranges.values()):
+        raise ValueError("an activation range is not finite, or negative")
+    return ranges
+
+
+def _read_precisions(data: list[dict[str, Any]]) -> dict[Precision, PrecisionCalibration]:
+    unknown = {each["precision"] for each in data} - set(get_args(Precision))
+    if unknown:
+        raise ValueError(f"precisions {', '.join(sorted(unknown))} are not known")
+    return {each["precision"]: PrecisionCalibration.from_json(each) for each in data}
 
 
 def _check_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:

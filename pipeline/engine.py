@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from drivers.frame import Image, PixelFormat
 from pipeline.scoring import FloatMap
+
+Precision = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class Engine(Protocol):
 
     device: str
     """`cpu`, or the CUDA device's name."""
+    precision: Precision
+    """Of the convolutions."""
 
     def warm_up(self) -> None:
         """Run once on nothing, so that the first part is not the slowest."""

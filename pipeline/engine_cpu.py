@@ -1,47 +1,115 @@
-"""The CPU engine: OpenCV preprocessing and PyTorch, for PCs without a GPU."""
+"""The CPU engine: OpenCV preprocessing and OpenVINO, for PCs without a GPU."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-import torch
+import openvino as ov
+from numpy.typing import NDArray
 
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
-from pipeline.engine import RawMaps
+from pipeline.engine import Precision, RawMaps
+from pipeline.folded import FoldedEfficientAD
+from pipeline.openvino_graph import Part, Ranges, build_graph, build_observer
 from pipeline.preprocess import Preprocessor
+from pipeline.scoring import FloatMap
+
+_NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
+
+Prepared = NDArray[np.float32]
+"""(3, image_height, image_width), ImageNet-normalised."""
+
+
+def cpu_precisions() -> list[Precision]:
+    """List the precisions that this processor computes in."""
+    able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return [precision for precision, needed in _NEEDS.items() if needed in able]  # type: ignore[misc]
 
 
 class CpuEngine:
-    """PyTorch on the CPU, float32, channels last."""
+    """The folded networks on the CPU."""
 
-    def __init__(self, model: Model, threads: int | None = None) -> None:
-        """Load the networks.
+    def __init__(
+        self, model: Model, threads: int | None = None, precision: Precision = "fp32", *, pin_threads: bool = False
+    ) -> None:
+        """Build and compile the networks.
 
         Args:
             model: networks and preprocessing.
-            threads: intra-op threads of the whole process; None leaves PyTorch's choice.
+            threads: None: one for each core that this process may use.
+            precision: `int8` needs the model's activation ranges.
+            pin_threads: bind each to a core of its own.
+
+        Raises KeyError when the model has no ranges for int8.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.device = "cpu"
+        self.device, self.precision = "cpu", precision
         self._preprocess = Preprocessor(model.preprocess)
         self._geometry = model.geometry
-        self._networks = model.networks().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        folded = FoldedEfficientAD(model.networks())
+        ranges = model.ranges if precision == "int8" else None
+        able = cpu_precisions()
+        options = {
+            # Beside int8, what is left in float is faster in bfloat16.
+            "INFERENCE_PRECISION_HINT": "bf16" if precision != "fp32" and "bf16" in able else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads or 0,
+            "ENABLE_CPU_PINNING": pin_threads,
+        }
+        self._tiles = self._geometry.tiles() if self._geometry.is_tiled else None
+        parts: list[Part] = ["prediction", "tile"] if self._tiles else ["whole"]
+        core = ov.Core()
+        self._requests = [
+            core.compile_model(build_graph(folded, part, ranges), "CPU", options).create_infer_request()
+            for part in parts
+        ]
 
     def warm_up(self) -> None:
         """Run once on an empty picture."""
         g = self._geometry
-        with torch.inference_mode():
-            self._networks(torch.zeros(1, 3, g.image_height, g.image_width))
+        self.infer(np.zeros((3, g.image_height, g.image_width), np.float32))
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
         """Compute the raw maps of one frame."""
         start_ns = time.perf_counter_ns()
-        tensor = torch.from_numpy(self._preprocess(image, fmt))[None]
+        prepared = self._preprocess(image, fmt)
         ready_ns = time.perf_counter_ns()
-        with torch.inference_mode():
-            st, ae = self._networks(tensor.to(memory_format=torch.channels_last))
-        maps = np.asarray(st[0].numpy()), np.asarray(ae[0].numpy())
+        maps = self.infer(prepared)
         return RawMaps(*maps, preprocess_ns=ready_ns - start_ns, infer_ns=time.perf_counter_ns() - ready_ns)
+
+    def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
+        """Compute the raw maps of one prepared image, (map_height, map_width) each."""
+        image = prepared[None]
+        if self._tiles is None:
+            st, ae = _run(self._requests[0], image)
+            return st, ae
+        prediction, tiles = self._requests
+        (predicted,) = _run(prediction, image)
+        g = self._geometry
+        map_st, map_ae = np.empty((2, g.map_height, g.map_width), np.float32)
+        for tile in self._tiles:
+            piece = np.ascontiguousarray(image[:, :, tile.y_px, tile.x_px])
+            expected = np.ascontiguousarray(predicted[:, :, tile.rows, tile.columns])
+            map_st[tile.rows, tile.columns], map_ae[tile.rows, tile.columns] = _run(tiles, piece, expected)
+        return map_st, map_ae
+
+
+def observe_ranges(model: Model, images: Iterable[Prepared], threads: int | None = None) -> Ranges:
+    """Return the largest magnitude at each convolution's input over some images."""
+    graph, names = build_observer(FoldedEfficientAD(model.networks()))
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or 0}
+    request = ov.Core().compile_model(graph, "CPU", options).create_infer_request()
+    largest = np.zeros(len(names), np.float32)
+    for image in images:
+        np.maximum(largest, _run(request, image[None])[0], out=largest)
+    return dict(zip(names, largest.tolist(), strict=True))
+
+
+def _run(request: Any, *inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Run; the results are copies, for the request reuses its memory."""
+    request.infer(list(inputs), share_inputs=True)
+    return [output.data.copy() for output in request.output_tensors]

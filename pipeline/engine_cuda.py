@@ -10,7 +10,8 @@ import torch
 
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
-from pipeline.engine import RawMaps
+from pipeline.engine import Precision, RawMaps
+from pipeline.folded import FoldedEfficientAD
 from pipeline.preprocess_cuda import CudaPreprocessor
 
 
@@ -20,7 +21,8 @@ class CudaEngine:
     def __init__(self, model: Model) -> None:
         self.device = torch.cuda.get_device_name()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._networks = model.networks().cuda()
+        self.precision: Precision = "fp32"
+        self._networks = FoldedEfficientAD(model.networks()).cuda()
         g = model.geometry
         self._input = torch.zeros(1, 3, g.image_height, g.image_width, device="cuda")
         self._preprocess = CudaPreprocessor(model.preprocess, cupy.from_dlpack(self._input[0]))

@@ -1,4 +1,4 @@
-"""Which engine runs a model on this machine."""
+"""Which engine runs a model on this machine, and in which precision."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Literal
 
 import torch
 
-from pipeline.bundle import Model
-from pipeline.engine import Engine
-from pipeline.engine_cpu import CpuEngine
+from pipeline.bundle import Bundle, Model
+from pipeline.engine import Engine, Precision
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+PrecisionChoice = Literal["auto", "fp32", "bf16", "int8"]
 
 
 class EngineUnavailable(Exception):
-    """The device that the configuration asks for is not there; the message says what to do."""
+    """The configured engine cannot be had on this machine; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +26,75 @@ class EngineChoice:
     because: str
 
 
-def make_engine(model: Model, device: DeviceChoice = "auto", threads: int | None = None) -> EngineChoice:
-    """Make the engine for a device.
+def make_engine(
+    bundle: Bundle,
+    device: DeviceChoice = "auto",
+    threads: int | None = None,
+    precision: PrecisionChoice = "auto",
+    *,
+    pin_threads: bool = False,
+) -> EngineChoice:
+    """Make the engine for a bundle on a device.
 
-    Raises EngineUnavailable when `cuda` is asked for and cannot be had; only `auto` falls back to the CPU.
+    Args:
+        bundle: with what its calibration found out about precisions.
+        device: only `auto` falls back to the CPU.
+        threads: of the CPU engine; None: one for each core.
+        precision: of the CPU engine; `auto` is the fastest that this processor has and whose scores stayed within
+            the tolerance when the bundle was calibrated. CUDA computes in float32.
+        pin_threads: bind each of the CPU engine's threads to a core of its own.
+
+    Raises EngineUnavailable when what is asked for cannot be had.
     """
-    if device == "cpu":
-        return EngineChoice(CpuEngine(model, threads), "configured")
-    missing = _why_no_cuda()
-    if missing is None:
+    on_cuda, because = _device(device)
+    if not on_cuda:
+        from pipeline.engine_cpu import CpuEngine
+
+        chosen = _precision(bundle, precision)
+        return EngineChoice(CpuEngine(bundle.model, threads, chosen, pin_threads=pin_threads), because)
+    if precision not in ("auto", "fp32"):
+        raise EngineUnavailable(f"precision: {precision} is one of the CPU engine; CUDA computes in fp32")
+    from pipeline.engine_cuda import CudaEngine
+
+    return EngineChoice(CudaEngine(bundle.model), because)
+
+
+def make_float_engine(model: Model, device: DeviceChoice = "auto") -> Engine:
+    """Make the float32 engine of a model that need not be calibrated. Raises EngineUnavailable."""
+    on_cuda, _ = _device(device)
+    if on_cuda:
         from pipeline.engine_cuda import CudaEngine
 
-        return EngineChoice(CudaEngine(model), "configured" if device == "cuda" else "a CUDA device was found")
-    if device == "cuda":
+        return CudaEngine(model)
+    from pipeline.engine_cpu import CpuEngine
+
+    return CpuEngine(model)
+
+
+def _device(wanted: DeviceChoice) -> tuple[bool, str]:
+    """Tell whether CUDA is to be used, and why. Raises EngineUnavailable."""
+    missing = None if wanted == "cpu" else _why_no_cuda()
+    if missing is not None and wanted == "cuda":
         raise EngineUnavailable(f"device: cuda was asked for, but {missing}")
-    return EngineChoice(CpuEngine(model, threads), missing)
+    if wanted != "auto":
+        return wanted == "cuda", "configured"
+    return missing is None, missing or "a CUDA device was found"
+
+
+def _precision(bundle: Bundle, wanted: PrecisionChoice) -> Precision:
+    from pipeline.engine_cpu import cpu_precisions
+
+    able = cpu_precisions()
+    if wanted == "auto":
+        fit = (name for name, found in bundle.precisions.items() if found.trusted and name in able)
+        return next(fit, "fp32")
+    if wanted not in able:
+        raise EngineUnavailable(f"precision: {wanted} was asked for, but this processor has {', '.join(able)} only")
+    if wanted != "fp32" and wanted not in bundle.precisions:
+        raise EngineUnavailable(
+            f"precision: {wanted} was asked for, but the bundle is not calibrated for it; train anew, or take fp32"
+        )
+    return wanted
 
 
 def _why_no_cuda() -> str | None:

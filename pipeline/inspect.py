@@ -77,11 +77,11 @@ class Inspector:
 
         Args:
             bundle: model, quantiles, preprocessing.
-            engine: made for this bundle.
+            engine: made for this bundle; its precision chooses among the bundle's quantiles and thresholds.
             limits: what counts as a plausible image.
             threshold: instead of the bundle's own.
         """
-        self.bundle = bundle
+        self.bundle = bundle = bundle.at(engine.precision)
         self.engine = engine
         self.threshold = bundle.threshold if threshold is None else threshold
         self._check = PlausibilityCheck(limits or PlausibleLimits())

@@ -15,6 +15,7 @@ HEAVY = (
     "matplotlib",
     "sklearn",
     "cupy",
+    "openvino",
 )
 
 

@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from calibrate.checkpoint import FILE
+from pipeline.bundle import read_bundle, write_bundle
+from pipeline.engine_cpu import cpu_precisions
 from tests.system.line import PATIENCE_S, REPOSITORY, free_port
 from tests.system.test_run import SYNTHETIC
 
@@ -52,10 +55,21 @@ def test_a_broken_configuration_is_exit_code_2_with_every_line(config):
 def test_check_opens_everything_and_says_what_it_found(config):
     done = inspectord("check", "-c", config())
     assert done.returncode == 0, done.stderr
-    words = [line.split(":")[0] for line in done.stdout.splitlines()]
-    assert words == ["configuration", "bundle", "engine", "camera", "frame", "verdict"]
+    words = [line.split(":")[0] for line in done.stdout.splitlines() if not line.startswith("precision")]
+    assert words == ["configuration", "bundle", "engine", "camera", "frame", "threshold", "verdict"]
     assert "input 64x64 px, map 8x8" in done.stdout
     assert "96x96 px, BGR8" in done.stdout
+
+
+@pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
+def test_check_refuses_a_precision_that_differs_on_this_machine(config, tiny_bundle, tmp_path):
+    bundle = read_bundle(tiny_bundle)
+    elsewhere = {name: largest / 50 for name, largest in bundle.model.ranges.items()}
+    write_bundle(replace(bundle, model=replace(bundle.model, ranges=elsewhere)), tmp_path / "b")
+    done = inspectord("check", "-c", config(model=str(tmp_path / "b"), precision="int8"))
+    assert done.returncode == 1
+    assert "precision int8: scores differ from float32's by" in done.stderr
+    assert "set precision: fp32" in done.stderr
 
 
 def test_check_says_what_is_wrong_with_the_camera(config):

@@ -64,7 +64,7 @@ def test_ready_comes_without_a_camera_and_a_missing_camera_is_no_reason_for_a_re
 class StuckEngine:
     """An engine that hangs in its third frame until it is let go, as a driver call may."""
 
-    device = "stuck"
+    device, precision = "stuck", "fp32"
 
     def __init__(self, engine):
         self._engine, self._calls, self.let_go, self.stuck = engine, 0, threading.Event(), threading.Event()

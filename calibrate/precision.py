@@ -1,0 +1,146 @@
+"""Calibrate the CPU engine's precisions: each has quantiles and a threshold of its own, and must prove itself.
+
+A precision is trusted when no score leaves float32's by more than the tolerance, on held-out good images and on
+the same images with anomalies pasted into them: integers that are cut off show on anomalies only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrate.dataset import PreparedImages
+from calibrate.normalize import choose_threshold, map_quantiles, score_maps
+from calibrate.options import TrainOptions
+from calibrate.procedural import natural_like
+from pipeline.bundle import Bundle, PrecisionCalibration
+from pipeline.engine import Precision, RawMaps
+from pipeline.engine_cpu import CpuEngine, Prepared, cpu_precisions, observe_ranges
+from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.scoring import Scorer
+
+TOLERATED, TOLERATED_SHARE = 0.01, 0.05
+"""A score may differ from float32's by this much and this share of it; 0.1 is the quantiles' distance."""
+_LOOKED_AT = 24
+"""Held-out images that ranges are taken from and anomalies are pasted into."""
+_HEADROOM = 1.5
+"""Ranges are wider than what was seen: a real anomaly may exceed it, and half a bit less costs next to nothing."""
+_CHECKED = 8
+"""Anomalies that `inspectord check` pastes."""
+_SMALLEST_SHARE, _LARGEST_SHARE = 0.03, 0.3
+"""Sides of a pasted anomaly, of the image's shorter side."""
+_TEXTURE_PX = 128
+
+
+def calibrate_precisions(
+    bundle: Bundle, held_out: PreparedImages, maps: Sequence[RawMaps], scorer: Scorer, options: TrainOptions
+) -> Bundle:
+    """Return the bundle with what belongs to each precision that this processor has.
+
+    Args:
+        bundle: calibrated in float32.
+        held_out: good images that training never saw.
+        maps: their raw maps in float32.
+        scorer: knows the ignored areas.
+        options: levels of the quantiles, false-reject rate, seed.
+    """
+    rng = np.random.default_rng([options.seed, 5])
+    chosen = range(min(_LOOKED_AT, len(held_out)))
+    # Each anomaly is kept, so that every precision sees the same.
+    anomalies = [paste_anomaly(held_out[index], rng) for index in chosen]
+    good = (held_out[index] for index in chosen)
+    seen = observe_ranges(bundle.model, itertools.chain(good, anomalies))
+    model = replace(bundle.model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
+    autoencoder = bundle.quantiles.ae_a is not None
+    wanted = np.empty(0)
+    found: dict[Precision, PrecisionCalibration] = {}
+    for precision in sorted(cpu_precisions(), key=lambda name: name != "fp32"):
+        engine = CpuEngine(model, precision=precision)
+        engine.warm_up()
+        took_ms: list[float] = []
+        on_anomalies = [_raw_maps(engine, image, took_ms) for image in anomalies]
+        if precision == "fp32":
+            on_good, quantiles, threshold = list(maps), bundle.quantiles, bundle.threshold
+        else:
+            on_good = [_raw_maps(engine, held_out[index], took_ms) for index in range(len(held_out))]
+            quantiles = map_quantiles(on_good, scorer, options.quantile_levels, autoencoder=autoencoder)
+        scores = score_maps([*on_good, *on_anomalies], scorer, quantiles)
+        if precision == "fp32":
+            wanted = scores
+        else:
+            threshold = choose_threshold(scores[: len(on_good)], options.false_reject_rate).value
+        found[precision] = PrecisionCalibration(
+            quantiles, threshold, _largest_deviation(scores, wanted), statistics.median(took_ms)
+        )
+    fastest_first = sorted(found.items(), key=lambda item: item[1].infer_ms)
+    return replace(bundle, model=model, precisions=dict(fastest_first))
+
+
+def check_precision(bundle: Bundle, engine: CpuEngine, image: Prepared, scorer: Scorer) -> float:
+    """Compare an engine with float32's on this machine, on an image with and without anomalies.
+
+    Args:
+        bundle: calibrated for the engine's precision.
+        engine: to be checked.
+        image: (3, height, width), a prepared part.
+        scorer: knows the ignored areas.
+
+    Returns:
+        The largest deviation of a score, as a share of what is tolerated.
+    """
+    rng = np.random.default_rng(0)
+    images = [image, *(paste_anomaly(image, rng) for _ in range(_CHECKED))]
+    scores = []
+    for side in (CpuEngine(bundle.model), engine):
+        maps = [_raw_maps(side, each, []) for each in images]
+        scores.append(score_maps(maps, scorer, bundle.at(side.precision).quantiles))
+    return _largest_deviation(scores[1], scores[0])
+
+
+def _largest_deviation(scores: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:
+    return float((np.abs(scores - wanted) / (TOLERATED + TOLERATED_SHARE * np.abs(wanted))).max())
+
+
+def _raw_maps(engine: CpuEngine, image: Prepared, took_ms: list[float]) -> RawMaps:
+    began_ns = time.perf_counter_ns()
+    st, ae = engine.infer(image)
+    took_ns = time.perf_counter_ns() - began_ns
+    took_ms.append(took_ns / 1e6)
+    return RawMaps(st, ae, 0, took_ns)
+
+
+def paste_anomaly(image: Prepared, rng: np.random.Generator) -> Prepared:
+    """Return a copy with a blob, a scratch or a piece of another texture in it.
+
+    Args:
+        image: (3, height, width), ImageNet-normalised.
+        rng: where, how large and what.
+    """
+    height, width = image.shape[1:]
+    shorter = min(height, width)
+    side = int(shorter * rng.uniform(_SMALLEST_SHARE, _LARGEST_SHARE)) + 2
+    centre = (int(rng.integers(width)), int(rng.integers(height)))
+    mask = np.zeros((height, width), np.uint8)
+    kind = int(rng.integers(3))
+    thickness = max(1, side // 8)
+    axes = (side // 2, thickness if kind == 2 else max(1, int(side // 2 * rng.uniform(0.3, 1))))
+    cv2.ellipse(mask, centre, axes, rng.uniform(0, 180), 0, 360, 255, -1, cv2.LINE_AA)
+    share = mask * np.float32(rng.uniform(0.3, 1) / 255)
+    return np.asarray(image + share * (_filling(kind, height, width, rng) - image), np.float32)
+
+
+def _filling(kind: int, height: int, width: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return what an anomaly is filled with: a colour or a texture; broadcasts to (3, height, width)."""
+    if kind == 0:
+        texture = natural_like(rng, _TEXTURE_PX)
+        pixels = cv2.resize(texture, (width, height), interpolation=cv2.INTER_LINEAR)[..., ::-1] / 255
+    else:
+        pixels = np.broadcast_to(rng.choice([0.0, 1.0]), (1, 1, 3))
+    return np.asarray(((pixels - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1), np.float32)

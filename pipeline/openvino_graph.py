@@ -1,0 +1,183 @@
+"""The folded networks as OpenVINO graphs: in float, or with every convolution in 8-bit integers.
+
+Integers are for the convolutions only. What comes after the two differences (square and mean) stays in float32: its
+range is that of anomalies, which no good image shows, and integers would cut it off there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import numpy as np
+import openvino as ov
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from openvino import opset13 as op
+from torch import nn
+
+from pipeline.folded import FoldedEfficientAD
+from pipeline.geometry import AUTOENCODER_PX
+from pipeline.networks import TEACHER_CHANNELS
+
+Ranges = Mapping[str, float]
+"""Largest magnitude that each convolution's input takes, by the convolution's name."""
+_LEVELS = 256
+_LARGEST_WEIGHT = 127
+_SMALLEST_RANGE = 1e-30
+"""Of what is zero all over, so that nothing is divided by it."""
+
+Part = Literal["whole", "prediction", "tile"]
+
+
+def build_graph(networks: FoldedEfficientAD, part: Part = "whole", ranges: Ranges | None = None) -> ov.Model:
+    """Build a graph for one image (batch 1).
+
+    Args:
+        networks: with the weights.
+        part: `whole`, from (1, 3, H, W) to the raw maps (map_height, map_width), student-teacher and
+            autoencoder; or, for tiles, `prediction`, from the image to what the student should imitate of the
+            autoencoder (1, 384, map_height, map_width), and `tile`, from a tile's pixels and its part of the
+            prediction to its part of the maps.
+        ranges: quantise the convolutions for these ranges; None: leave them in float.
+
+    Raises KeyError when a range is missing.
+    """
+    builder = _Builder(networks, ranges)
+    g = networks.geometry
+    (first, *_) = g.tiles()
+    image = op.parameter([1, 3, g.image_height, g.image_width], np.float32, name="image")
+    if part == "prediction":
+        return ov.Model([builder.predict(image)], [image], part)
+    if part == "whole":
+        return ov.Model(builder.maps(image, builder.predict(image)), [image], part)
+    tile_px = (first.y_px.stop - first.y_px.start, first.x_px.stop - first.x_px.start)
+    cells = (first.rows.stop - first.rows.start, first.columns.stop - first.columns.start)
+    piece = op.parameter([1, 3, *tile_px], np.float32, name="piece")
+    predicted = op.parameter([1, TEACHER_CHANNELS, *cells], np.float32, name="predicted")
+    return ov.Model(builder.maps(piece, predicted), [piece, predicted], part)
+
+
+def build_observer(networks: FoldedEfficientAD) -> tuple[ov.Model, list[str]]:
+    """Build a graph that returns the largest magnitude at each convolution's input, in the order of the names."""
+    builder = _Builder(networks, None)
+    g = networks.geometry
+    image = op.parameter([1, 3, g.image_height, g.image_width], np.float32, name="image")
+    builder.maps(image, builder.predict(image))
+    axes = np.arange(4)
+    largest = [op.reshape(op.reduce_max(op.abs(node), axes), [1], False) for node in builder.inputs.values()]
+    return ov.Model([op.concat(largest, 0)], [image], "observer"), list(builder.inputs)
+
+
+class _Builder:
+    def __init__(self, networks: FoldedEfficientAD, ranges: Ranges | None) -> None:
+        self._networks = networks
+        self._ranges = ranges
+        self.inputs: dict[str, ov.Node] = {}
+        """What each convolution reads, by its name."""
+
+    def predict(self, image: ov.Node) -> ov.Node:
+        networks, g = self._networks, self._networks.geometry
+        for axis, size_px in ((2, g.image_height), (3, g.image_width)):
+            if size_px != AUTOENCODER_PX:
+                image = _shrunk(image, axis, size_px)
+        hidden = self._sequence("autoencoder", image, networks.autoencoder)
+        predicted = self._convolution("predicted", hidden, networks.predicted)
+        return _stretched(predicted, g.map_height, g.map_width)
+
+    def maps(self, piece: ov.Node, predicted: ov.Node) -> list[ov.Node]:
+        networks = self._networks
+        teacher = self._sequence("teacher", piece, networks.teacher)
+        student = self._sequence("student", piece, networks.student)
+        weight, bias = _arrays(networks.difference)
+        if self._ranges is None:
+            both = op.concat([teacher, student], 1)
+            self.inputs |= {"difference.teacher": teacher, "difference.student": student}
+            difference = _plus(_convolved(both, op.constant(weight), networks.difference), bias)
+        else:
+            # Each network's features have their own range.
+            channels = teacher.output(0).get_shape()[1]
+            difference = op.add(
+                _plus(self._quantised("difference.teacher", teacher, weight[:, :channels]), bias),
+                self._quantised("difference.student", student, weight[:, channels:]),
+            )
+        missed = op.subtract(predicted, self._convolution("imitated", student, networks.imitated))
+        return [op.reduce_mean(op.multiply(d, d), np.array([0, 1]), False) for d in (difference, missed)]
+
+    def _sequence(self, name: str, node: ov.Node, layers: nn.Sequential) -> ov.Node:
+        for index, layer in enumerate(layers):
+            match layer:
+                case nn.Conv2d():
+                    node = self._convolution(f"{name}.{index}", node, layer)
+                case nn.ReLU():
+                    node = op.relu(node)
+                case nn.AvgPool2d():
+                    side, step, pad = ([cast(int, n)] * 2 for n in (layer.kernel_size, layer.stride, layer.padding))
+                    node = op.avg_pool(node, step, pad, pad, side, False)
+                case nn.Upsample():
+                    node = _stretched(node, cast(int, layer.size), cast(int, layer.size))
+                case nn.Dropout():
+                    pass
+                case _:
+                    raise TypeError(f"no OpenVINO operation for {layer}")
+        return node
+
+    def _convolution(self, name: str, node: ov.Node, layer: nn.Conv2d) -> ov.Node:
+        weight, bias = _arrays(layer)
+        self.inputs[name] = node
+        if self._ranges is None:
+            return _plus(_convolved(node, op.constant(weight), layer), bias)
+        return _plus(self._quantised(name, node, weight, layer), bias)
+
+    def _quantised(
+        self, name: str, node: ov.Node, weight: NDArray[np.float32], layer: nn.Conv2d | None = None
+    ) -> ov.Node:
+        """Convolve in integers: the input by one scale, the weights by one for each output channel."""
+        assert self._ranges is not None
+        largest = max(self._ranges[name], _SMALLEST_RANGE)
+        positive = node.get_type_name() in ("Relu", "AvgPool", "Interpolate")
+        low = 0.0 if positive else -largest * (_LEVELS // 2) / (_LEVELS // 2 - 1)
+        edges = [op.constant(np.float32(value)) for value in (low, largest, low, largest)]
+        scale = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / _LARGEST_WEIGHT
+        scale = np.maximum(scale, np.float32(_SMALLEST_RANGE))
+        integers = np.round(weight / scale).astype(np.int8)
+        rescaled = op.multiply(op.convert(op.constant(integers), np.float32), op.constant(scale))
+        return _convolved(op.fake_quantize(node, *edges, _LEVELS), rescaled, layer)
+
+
+def _arrays(layer: nn.Conv2d) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    weight = layer.weight.numpy().astype(np.float32, copy=False)
+    return weight, None if layer.bias is None else layer.bias.numpy().astype(np.float32, copy=False)
+
+
+def _convolved(node: ov.Node, weight: ov.Node, layer: nn.Conv2d | None) -> ov.Node:
+    step = [1, 1] if layer is None else list(layer.stride)
+    pad = [0, 0] if layer is None else list(cast(tuple[int, int], layer.padding))
+    return op.convolution(node, weight, step, pad, pad, [1, 1])
+
+
+def _plus(node: ov.Node, bias: NDArray[np.float32] | None) -> ov.Node:
+    return node if bias is None else op.add(node, op.constant(bias.reshape(1, -1, 1, 1)))
+
+
+def _stretched(node: ov.Node, height: int, width: int) -> ov.Node:
+    if tuple(node.output(0).get_shape())[2:] == (height, width):
+        return node
+    return op.interpolate(
+        node,
+        np.array([height, width]),
+        "linear_onnx",  # bilinear over two axes, as PyTorch's
+        "sizes",
+        coordinate_transformation_mode="half_pixel",
+        axes=np.array([2, 3]),
+    )
+
+
+def _shrunk(node: ov.Node, axis: int, size_px: int) -> ov.Node:
+    """Resize one axis to the autoencoder's size by PyTorch's own antialiased weights."""
+    identity = torch.eye(size_px)[None, None]
+    weights = F.interpolate(identity, size=(AUTOENCODER_PX, size_px), mode="bilinear", antialias=True)[0, 0].numpy()
+    if axis == 2:
+        return op.matmul(op.constant(weights), node, False, False)
+    return op.matmul(node, op.constant(weights), False, True)

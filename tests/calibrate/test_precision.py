@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from calibrate import precision as calibrating
+from calibrate.dataset import PreparedImages
+from calibrate.layouts import ImageFile
+from calibrate.options import TrainOptions
+from calibrate.precision import calibrate_precisions, check_precision, paste_anomaly
+from calibrate.train import raw_maps
+from drivers.replay import list_images
+from pipeline.bundle import read_bundle
+from pipeline.engine_cpu import CpuEngine, cpu_precisions
+from pipeline.preprocess import Preprocessor
+from pipeline.scoring import Scorer
+
+needs_int8 = pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
+
+
+@pytest.fixture
+def bundle(tiny_bundle):
+    return read_bundle(tiny_bundle)
+
+
+@pytest.fixture
+def held_out(good_parts, bundle):
+    files = [ImageFile(*pair) for pair in list_images(good_parts)][:4]
+    return files, PreparedImages(files, Preprocessor(bundle.model.preprocess), None, 0)
+
+
+def test_an_anomaly_changes_a_part_of_the_image_and_stays_an_image(rng):
+    image = rng.normal(0, 1, (3, 96, 128)).astype(np.float32)
+    touched = []
+    for _ in range(60):
+        changed = paste_anomaly(image, rng)
+        touched.append((changed != image).any(axis=0).mean())
+        assert changed.dtype == np.float32
+        assert np.abs(changed).max() <= max(np.abs(image).max(), 2.7)
+    assert 0 < np.median(touched) < 0.2
+    assert max(touched) < 0.5
+
+
+def test_pasting_is_repeatable():
+    image = np.zeros((3, 64, 64), np.float32)
+    once, again = (paste_anomaly(image, np.random.default_rng(3)) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+
+
+@needs_int8
+def test_ranges_that_cut_anomalies_off_are_found_out(bundle, held_out, monkeypatch):
+    files, prepared = held_out
+    observe = calibrating.observe_ranges
+
+    def narrowed(*arguments):
+        return {name: largest / 50 for name, largest in observe(*arguments).items()}
+
+    options = TrainOptions(dataset=files[0].path.parent, out=files[0].path.parent)
+    scorer = Scorer(bundle.model.geometry)
+    maps = raw_maps(bundle.model, files, options)
+    right = calibrate_precisions(bundle, prepared, maps, scorer, options).precisions["int8"]
+    monkeypatch.setattr(calibrating, "observe_ranges", narrowed)
+    wrong = calibrate_precisions(bundle, prepared, maps, scorer, options).precisions["int8"]
+    assert right.trusted
+    assert not wrong.trusted
+
+
+@needs_int8
+def test_the_check_on_another_machine_sees_what_differs_there(bundle, held_out):
+    _, prepared = held_out
+    scorer = Scorer(bundle.model.geometry)
+    assert check_precision(bundle, CpuEngine(bundle.model, precision="int8"), prepared[0], scorer) < 1
+    cut_off = {name: largest / 50 for name, largest in bundle.model.ranges.items()}
+    other = CpuEngine(replace(bundle.model, ranges=cut_off), precision="int8")
+    assert check_precision(bundle, other, prepared[0], scorer) > 1

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import engine_cpu
+from pipeline.bundle import Bundle, Model, PrecisionCalibration, read_bundle
+from pipeline.engine_cpu import CpuEngine, cpu_precisions, observe_ranges
+from pipeline.engines import EngineUnavailable, make_engine
+from pipeline.folded import FoldedEfficientAD
+from pipeline.geometry import Geometry
+from pipeline.inspect import Inspector
+from pipeline.preprocess import PreprocessSpec
+from pipeline.scoring import Quantiles
+from tests.pipeline.test_networks import seeded_model
+
+GEOMETRIES = [
+    Geometry(),
+    Geometry(padded=True),
+    Geometry(320, 192),
+    Geometry(320, 384, tile_rows=2, tile_columns=2),
+]
+EACH = pytest.mark.parametrize(
+    ("size", "geometry"), [("medium", GEOMETRIES[0]), *(("small", geometry) for geometry in GEOMETRIES)], ids=str
+)
+
+
+def model_of(networks):
+    g = networks.geometry
+    return Model(networks.size, g, PreprocessSpec(g.image_width, g.image_height), networks.state_dict())
+
+
+def random_image(rng, geometry):
+    return rng.normal(0, 1, (3, geometry.image_height, geometry.image_width)).astype(np.float32)
+
+
+def maps_by_torch(networks, image):
+    with torch.inference_mode():
+        return [m[0].numpy() for m in networks(torch.from_numpy(image)[None])]
+
+
+@EACH
+def test_folding_is_exact(size, geometry):
+    networks = seeded_model(size, geometry).double()
+    image = torch.randn(1, 3, geometry.image_height, geometry.image_width, dtype=torch.float64)
+    with torch.inference_mode():
+        for folded, plain in zip(FoldedEfficientAD(networks)(image), networks(image), strict=True):
+            torch.testing.assert_close(folded, plain, rtol=1e-13, atol=1e-13)
+
+
+def test_folding_leaves_the_networks_as_they_are():
+    networks = seeded_model()
+    before = {name: tensor.clone() for name, tensor in networks.state_dict().items()}
+    FoldedEfficientAD(networks)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in networks.state_dict().items())
+
+
+@EACH
+def test_float32_gives_the_networks_own_maps(size, geometry, rng):
+    networks = seeded_model(size, geometry)
+    image = random_image(rng, geometry)
+    engine = CpuEngine(model_of(networks), threads=2)
+    for ours, plain in zip(engine.infer(image), maps_by_torch(networks, image), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-6 * plain.max())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@EACH
+def test_fewer_bits_stay_near_float32(size, geometry, precision, rng):
+    if precision not in cpu_precisions():
+        pytest.skip(f"this processor has no {precision}")
+    networks = seeded_model(size, geometry)
+    image = random_image(rng, geometry)
+    model = model_of(networks)
+    model = replace(model, ranges=observe_ranges(model, [image]))
+    for ours, plain in zip(
+        CpuEngine(model, 2, precision).infer(image), maps_by_torch(networks, image), strict=True
+    ):
+        assert np.abs(ours - plain).max() < 0.02 * plain.max()
+
+
+@pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
+def test_what_comes_after_the_differences_is_not_cut_off_in_integers(rng):
+    """The map of an anomaly a hundred times as strong as anything seen keeps its size."""
+    networks = seeded_model()
+    image = random_image(rng, networks.geometry)
+    model = model_of(networks)
+    ranges = observe_ranges(model, [image])
+    with torch.no_grad():  # the student is wrong everywhere by 100 σ: the features stay, the difference does not
+        networks.student[-1].bias += 100.0
+    wrong = replace(model, weights=networks.state_dict(), ranges=ranges)
+    (st, ae), (wanted_st, wanted_ae) = CpuEngine(wrong, 2, "int8").infer(image), maps_by_torch(networks, image)
+    np.testing.assert_allclose(st, wanted_st, rtol=0.02)
+    np.testing.assert_allclose(ae, wanted_ae, rtol=0.02)
+
+
+def test_ranges_are_the_largest_magnitudes_over_all_images(rng):
+    networks = seeded_model()
+    images = [random_image(rng, networks.geometry) * scale for scale in (1, 3, 2)]
+    ranges = observe_ranges(model_of(networks), images)
+    assert ranges["teacher.0"] == pytest.approx(max(np.abs(image).max() for image in images))
+    with torch.inference_mode():
+        hidden = [networks.student[:8](torch.from_numpy(image)[None]).abs().max().item() for image in images]
+    assert ranges["difference.student"] == ranges["imitated"] == pytest.approx(max(hidden), rel=1e-4)
+
+
+def test_a_range_that_is_missing_is_an_error():
+    with pytest.raises(KeyError):
+        CpuEngine(model_of(seeded_model()), precision="int8")
+
+
+def calibrated(deviation, threshold=0.5):
+    return PrecisionCalibration(Quantiles(0.0, 1.0, None, None), threshold, deviation, 1.0)
+
+
+@pytest.fixture
+def bundle():
+    networks = seeded_model(geometry=Geometry(64, 64))
+    model = model_of(networks)
+    ranges = observe_ranges(model, [np.ones((3, 64, 64), np.float32)])
+    return Bundle(
+        model=replace(model, ranges=ranges),
+        quantiles=Quantiles(0.0, 1.0, None, None),
+        threshold=0.1,
+        precisions={"int8": calibrated(0.9, 0.2), "bf16": calibrated(0.2, 0.3), "fp32": calibrated(0.0, 0.1)},
+        calibration_id="123456789abc",
+    )
+
+
+@pytest.mark.parametrize(
+    ("able", "deviation", "chosen"),
+    [
+        (["fp32", "bf16", "int8"], 0.9, "int8"),
+        (["fp32", "bf16", "int8"], 1.1, "bf16"),
+        (["fp32", "int8"], 1.1, "fp32"),
+        (["fp32"], 0.9, "fp32"),
+    ],
+)
+def test_auto_is_the_fastest_that_is_trusted_and_there(bundle, monkeypatch, able, deviation, chosen):
+    monkeypatch.setattr(engine_cpu, "cpu_precisions", lambda: able)
+    bundle = replace(bundle, precisions={**bundle.precisions, "int8": calibrated(deviation, 0.2)})
+    assert make_engine(bundle, "cpu").engine.precision == chosen
+
+
+def test_a_precision_that_cannot_be_had_is_refused_with_what_can(bundle, monkeypatch):
+    with pytest.raises(EngineUnavailable, match="not calibrated for it; train anew, or take fp32"):
+        make_engine(replace(bundle, precisions={}), "cpu", precision="bf16")
+    monkeypatch.setattr(engine_cpu, "cpu_precisions", lambda: ["fp32"])
+    with pytest.raises(EngineUnavailable, match="int8 was asked for, but this processor has fp32 only"):
+        make_engine(bundle, "cpu", precision="int8")
+
+
+def test_each_precision_judges_by_its_own_threshold_and_says_so(bundle):
+    by_float = Inspector(bundle, make_engine(bundle, "cpu", precision="fp32").engine)
+    by_integers = Inspector(bundle, make_engine(bundle, "cpu", precision="int8").engine)
+    assert (by_float.threshold, by_integers.threshold) == (0.1, 0.2)
+    assert by_float.bundle.calibration_id == "123456789abc" != by_integers.bundle.calibration_id
+
+
+def test_a_trained_bundle_knows_the_precisions_of_the_machine(tiny_bundle):
+    bundle = read_bundle(tiny_bundle)
+    assert set(bundle.precisions) == set(cpu_precisions())
+    times = [found.infer_ms for found in bundle.precisions.values()]
+    assert times == sorted(times)
+    own = bundle.precisions["fp32"]
+    assert (own.quantiles, own.threshold, own.largest_deviation) == (bundle.quantiles, bundle.threshold, 0.0)
