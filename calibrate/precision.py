@@ -21,8 +21,8 @@ from calibrate.normalize import choose_threshold, map_quantiles, score_maps
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
 from pipeline.bundle import Bundle, PrecisionCalibration
-from pipeline.engine import Precision, RawMaps
-from pipeline.engine_cpu import CpuEngine, Prepared, cpu_precisions, observe_ranges
+from pipeline.engine import Precision, Prepared, RawMaps
+from pipeline.engine_cpu import CpuEngine, cpu_precisions, observe_ranges
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.scoring import Scorer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -109,7 +110,7 @@ class Ledger:
             frame.sequence = self._sequences.next()
             entry = self._append(frame, self._deadline_ms())
             entry.trigger, entry.part = trigger, part
-            self._changed.notify_all()  # the publisher has a deadline to look at
+            self._wake_publisher(entry)  # it has a deadline to look at
             return entry
 
     def fill(self, entry: Entry, frame: Frame) -> bool:
@@ -141,14 +142,18 @@ class Ledger:
                 return False
             entry.inspection, entry.judging_began_ns = inspection, began_ns
             entry.judged_by = judged_by or entry.judged_by
-            self._changed.notify_all()
+            self._wake_publisher(entry)
             return True
 
-    def take(self, timeout_s: float) -> Entry | None:
-        """Return the oldest entry once it is settled or due; None when there is none after `timeout_s`.
+    def take(self, timeout_s: float, at_once: int = 1) -> list[Entry]:
+        """Return the oldest entry once it is settled or due, and those after it that are settled already.
 
-        The same entry is returned until `done` was called for it, so that a publisher's successor goes on where
-        it stopped.
+        Entries are returned until `done` was called for them, so that a publisher's successor goes on where it
+        stopped.
+
+        Args:
+            timeout_s: after which nothing is returned.
+            at_once: how many at most.
         """
         until_ns = time.monotonic_ns() + int(timeout_s * 1e9)
         with self._changed:
@@ -161,11 +166,14 @@ class Ledger:
                         wake_ns = min(wake_ns, entry.due_ns)
                         if now_ns >= entry.due_ns:
                             entry.inspection = Inspection(Outcome.INVALID, Reason.DEADLINE, "no result in time")
-                    if entry.inspection is not None:
+                    settled = itertools.takewhile(lambda one: one.inspection is not None, self._open)
+                    found = list(itertools.islice(settled, at_once))
+                    for entry in found:
                         entry.taken = True
-                        return entry
+                    if found:
+                        return found
                 if now_ns >= until_ns or (self._ended and not self._open):
-                    return None
+                    return []
                 self._changed.wait((wake_ns - now_ns) / 1e9)
 
     def done(self, entry: Entry, latency_us: tuple[int, ...] | None) -> None:
@@ -214,6 +222,11 @@ class Ledger:
         """Return the counts and, taken at the same moment, how many numbers are open."""
         with self._changed:
             return self._tally.totals(), len(self._open)
+
+    def _wake_publisher(self, entry: Entry) -> None:
+        """Wake it for the oldest entry only: each needless switch between threads costs time."""
+        if self._open[0] is entry:
+            self._changed.notify_all()
 
     def _append(self, frame: Frame, deadline_ms: float | None) -> Entry:
         due_ns, margin_ns = None, 0

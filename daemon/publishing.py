@@ -39,6 +39,8 @@ _RECENT = 4096
 """Verdicts kept in memory, for replay where the journal could not take them."""
 _FAIR_WAIT_NS = 1_000_000
 """A journal that was given less time than this is not called slow."""
+_AT_ONCE = 32
+"""Verdicts that one commit of the journal takes, when so many wait."""
 _LOOK_UP_S = 0.05
 """How often events and health are sent while no verdict is due."""
 
@@ -135,9 +137,11 @@ class Publishing:
 
     def _serve(self, verdicts: Socket, maps: Socket) -> None:
         while not (self._ledger.over or self._rebind.is_set()):
-            entry = self._ledger.take(_LOOK_UP_S)
-            if entry is not None:
-                self._publish(entry, verdicts, maps)
+            # Those that wait already are journaled together: one commit costs as much as one verdict's own.
+            entries = self._ledger.take(_LOOK_UP_S, _AT_ONCE)
+            submitted = [self._submit(entry) for entry in entries]
+            for entry, (latency, record) in zip(entries, submitted, strict=True):
+                self._publish(entry, latency, record, verdicts, maps)
             self._send_messages(verdicts)
             self.probe_seen = self._probe
         self._send_messages(verdicts)
@@ -146,13 +150,12 @@ class Publishing:
         for topic, message in self._outbox.take():
             verdicts.send_multipart([self._topic(topic), encode(message)])
 
-    def _publish(self, entry: Entry, verdicts: Socket, maps: Socket) -> None:
-        inspection = entry.inspection
-        if inspection is None:
-            raise AssertionError("the ledger hands out settled entries")
-        latency = self._latency(entry, inspection)
+    def _publish(
+        self, entry: Entry, latency: LatencyMessage, record: Record | None, verdicts: Socket, maps: Socket
+    ) -> None:
+        inspection = _settled(entry)
         if entry.body is None:
-            entry.body = self._journaled(entry, inspection, latency)
+            entry.body = self._journaled(entry, latency, record)
         if not entry.sent:  # a predecessor of this thread may have failed after sending
             verdicts.send_multipart([self._topic("verdict"), entry.body])
             self._remember(entry)
@@ -176,11 +179,12 @@ class Publishing:
         with self._recent_lock:
             self._recent.append((entry.sequence, entry.body or b""))
 
-    def _journaled(self, entry: Entry, inspection: Inspection, latency: LatencyMessage) -> bytes:
-        """Return the message, handed to the operating system if that is possible in time."""
-        journal = self._journal
-        if journal is None:
-            return encode(self._message(entry, inspection, latency, journaled=False))
+    def _submit(self, entry: Entry) -> tuple[LatencyMessage, Record | None]:
+        """Give the journal a verdict, with the latency that the verdict tells of."""
+        inspection = _settled(entry)
+        latency = self._latency(entry, inspection)
+        if self._journal is None or entry.body is not None:
+            return latency, None
         record = Record(
             entry.sequence,
             entry.frame.wall_ns,
@@ -190,8 +194,15 @@ class Publishing:
             inspection.score,
             encode(self._message(entry, inspection, latency, journaled=True)),
         )
+        self._journal.submit(record)
+        return latency, record
+
+    def _journaled(self, entry: Entry, latency: LatencyMessage, record: Record | None) -> bytes:
+        """Return the message, handed to the operating system if that is possible in time."""
+        journal, inspection = self._journal, _settled(entry)
+        if journal is None or record is None:
+            return encode(self._message(entry, inspection, latency, journaled=False))
         began_ns = time.monotonic_ns()
-        journal.submit(record)
         wait_ns = self._journal_wait_ns
         if entry.due_ns is not None:
             wait_ns = min(wait_ns, entry.due_ns + entry.margin_ns // 2 - began_ns)
@@ -269,6 +280,12 @@ class Publishing:
     def _topic(self, kind: str) -> bytes:
         # Topics end with a slash, so that a filter for station1 does not match station10.
         return f"{kind}/{self._station}/".encode()
+
+
+def _settled(entry: Entry) -> Inspection:
+    if entry.inspection is None:
+        raise AssertionError("the ledger hands out settled entries")
+    return entry.inspection
 
 
 def _us(ns: int) -> int:

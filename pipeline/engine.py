@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from drivers.frame import Image, PixelFormat
 from pipeline.scoring import FloatMap
 
 Precision = Literal["fp32", "bf16", "int8"]
+Prepared = NDArray[np.float32]
+"""(3, image_height, image_width), ImageNet-normalised."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
-from pipeline.engine import Precision, RawMaps
+from pipeline.engine import Precision, Prepared, RawMaps
 from pipeline.folded import FoldedEfficientAD
 from pipeline.openvino_graph import Part, Ranges, build_graph, build_observer
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import FloatMap
 
 _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
-
-Prepared = NDArray[np.float32]
-"""(3, image_height, image_width), ImageNet-normalised."""
 
 
 def cpu_precisions() -> list[Precision]:
@@ -51,15 +48,7 @@ class CpuEngine:
         self._geometry = model.geometry
         folded = FoldedEfficientAD(model.networks())
         ranges = model.ranges if precision == "int8" else None
-        able = cpu_precisions()
-        options = {
-            # Beside int8, what is left in float is faster in bfloat16.
-            "INFERENCE_PRECISION_HINT": "bf16" if precision != "fp32" and "bf16" in able else "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads or 0,
-            "ENABLE_CPU_PINNING": pin_threads,
-        }
+        options = compile_options(precision, threads, pin_threads=pin_threads)
         self._tiles = self._geometry.tiles() if self._geometry.is_tiled else None
         parts: list[Part] = ["prediction", "tile"] if self._tiles else ["whole"]
         core = ov.Core()
@@ -98,11 +87,22 @@ class CpuEngine:
         return map_st, map_ae
 
 
+def compile_options(precision: Precision, threads: int | None, *, pin_threads: bool = False) -> dict[str, Any]:
+    """Return OpenVINO's options for one image at a time."""
+    return {
+        # Beside int8, what is left in float is faster in bfloat16.
+        "INFERENCE_PRECISION_HINT": "bf16" if precision != "fp32" and "bf16" in cpu_precisions() else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads or 0,
+        "ENABLE_CPU_PINNING": pin_threads,
+    }
+
+
 def observe_ranges(model: Model, images: Iterable[Prepared], threads: int | None = None) -> Ranges:
     """Return the largest magnitude at each convolution's input over some images."""
     graph, names = build_observer(FoldedEfficientAD(model.networks()))
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or 0}
-    request = ov.Core().compile_model(graph, "CPU", options).create_infer_request()
+    request = ov.Core().compile_model(graph, "CPU", compile_options("fp32", threads)).create_infer_request()
     largest = np.zeros(len(names), np.float32)
     for image in images:
         np.maximum(largest, _run(request, image[None])[0], out=largest)

@@ -10,9 +10,10 @@ import torch
 
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
-from pipeline.engine import Precision, RawMaps
+from pipeline.engine import Precision, Prepared, RawMaps
 from pipeline.folded import FoldedEfficientAD
 from pipeline.preprocess_cuda import CudaPreprocessor
+from pipeline.scoring import FloatMap
 
 
 class CudaEngine:
@@ -51,3 +52,11 @@ class CudaEngine:
         return RawMaps(
             maps[0], maps[1], preprocess_ns=ready_ns - start_ns, infer_ns=time.perf_counter_ns() - ready_ns
         )
+
+    def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
+        """Compute the raw maps of one prepared image, (map_height, map_width) each."""
+        with torch.cuda.stream(self._stream), torch.inference_mode():
+            self._input.copy_(torch.from_numpy(prepared)[None])
+            st, ae = self._networks(self._input)
+            both = torch.stack((st[0], ae[0])).cpu().numpy()
+        return both[0], both[1]

@@ -133,17 +133,30 @@ class _Builder:
     def _quantised(
         self, name: str, node: ov.Node, weight: NDArray[np.float32], layer: nn.Conv2d | None = None
     ) -> ov.Node:
-        """Convolve in integers: the input by one scale, the weights by one for each output channel."""
         assert self._ranges is not None
-        largest = max(self._ranges[name], _SMALLEST_RANGE)
-        positive = node.get_type_name() in ("Relu", "AvgPool", "Interpolate")
-        low = 0.0 if positive else -largest * (_LEVELS // 2) / (_LEVELS // 2 - 1)
-        edges = [op.constant(np.float32(value)) for value in (low, largest, low, largest)]
-        scale = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / _LARGEST_WEIGHT
-        scale = np.maximum(scale, np.float32(_SMALLEST_RANGE))
-        integers = np.round(weight / scale).astype(np.int8)
-        rescaled = op.multiply(op.convert(op.constant(integers), np.float32), op.constant(scale))
-        return _convolved(op.fake_quantize(node, *edges, _LEVELS), rescaled, layer)
+        return quantised_convolution(node, weight, self._ranges[name], layer)
+
+
+def quantised_convolution(
+    node: ov.Node, weight: NDArray[np.float32], largest: float, layer: nn.Conv2d | None = None
+) -> ov.Node:
+    """Convolve in integers: the input by one scale, the weights by one for each output channel.
+
+    Args:
+        node: (1, channels, height, width)
+        weight: (outputs, channels, height, width)
+        largest: magnitude of the input that is not cut off.
+        layer: whose stride and padding to take; None: 1 and 0.
+    """
+    largest = max(largest, _SMALLEST_RANGE)
+    positive = node.get_type_name() in ("Relu", "AvgPool", "Interpolate")
+    low = 0.0 if positive else -largest * (_LEVELS // 2) / (_LEVELS // 2 - 1)
+    edges = [op.constant(np.float32(value)) for value in (low, largest, low, largest)]
+    scale = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / _LARGEST_WEIGHT
+    scale = np.maximum(scale, np.float32(_SMALLEST_RANGE))
+    integers = np.round(weight / scale).astype(np.int8)
+    rescaled = op.multiply(op.convert(op.constant(integers), np.float32), op.constant(scale))
+    return _convolved(op.fake_quantize(node, *edges, _LEVELS), rescaled, layer)
 
 
 def _arrays(layer: nn.Conv2d) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:

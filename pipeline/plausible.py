@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from drivers.frame import Image, PixelFormat
 
-_SAMPLE_STEP_PX = 5
-"""Levels are read from every fifth pixel of every fifth row: an odd step, which meets every Bayer colour."""
+_SMALLEST_STEP_PX, _SAMPLES = 5, 20_000
+"""Levels are read from about so many pixels, at an odd step in both axes, which meets every Bayer colour."""
+_BRIGHT_SHARE = 1e-3
+_SATURATED = 0.995
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,13 @@ class PlausibilityCheck:
         self._previous = image
         if 0 < limits.frozen_frames <= self._identical:
             return f"frozen: identical to the {self._identical - 1} frames before it"
-        sample = image[::_SAMPLE_STEP_PX, ::_SAMPLE_STEP_PX]
-        bright = float(np.quantile(sample, 0.999)) / fmt.max_value
-        if bright < limits.black_below:
+        step = _step_px(image)
+        sample = np.ascontiguousarray(image[::step, ::step])
+        if _share_from(sample, limits.black_below * fmt.max_value) < _BRIGHT_SHARE:
+            bright = float(np.quantile(sample.astype(np.float32), 1 - _BRIGHT_SHARE)) / fmt.max_value
             return f"black: 99.9% of the pixels are below {bright:.4f} of the range"
         if limits.saturated_above < 1:
-            saturated = float(np.mean(sample >= 0.995 * fmt.max_value))
+            saturated = _share_from(sample, _SATURATED * fmt.max_value)
             if saturated > limits.saturated_above:
                 return f"saturated: {saturated:.1%} of the samples are at the end of the range"
         return None
@@ -59,7 +65,16 @@ class PlausibilityCheck:
         previous = self._previous
         if previous is None or previous.shape != image.shape or previous.dtype != image.dtype:
             return False
-        step = _SAMPLE_STEP_PX  # a cheap look first: real frames differ by noise everywhere
+        step = _step_px(image)  # a cheap look first: real frames differ by noise everywhere
         if not np.array_equal(previous[::step, ::step], image[::step, ::step]):
             return False
         return np.array_equal(previous, image)
+
+
+def _step_px(image: Image) -> int:
+    return max(_SMALLEST_STEP_PX, math.isqrt(image.shape[0] * image.shape[1] // _SAMPLES) | 1)
+
+
+def _share_from(sample: NDArray[Any], level: float) -> float:
+    """Return the share of samples at or above a level; whole numbers are compared with whole numbers, for speed."""
+    return np.count_nonzero(sample >= math.ceil(level)) / sample.size

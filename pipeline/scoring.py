@@ -127,7 +127,8 @@ class Scorer:
     def stretch(self, anomaly_map: FloatMap) -> FloatMap:
         """Pad with zeros and upsample bilinearly to (score_height, score_width); ignored pixels are −inf."""
         g, pad = self.geometry, self.geometry.padding_cells
-        padded = np.pad(self.blank(anomaly_map), pad)
+        padded = np.zeros((g.map_height + 2 * pad, g.map_width + 2 * pad), np.float32)
+        padded[pad : pad + g.map_height, pad : pad + g.map_width] = self.blank(anomaly_map)
         stretched = cv2.resize(padded, (g.score_width, g.score_height), interpolation=cv2.INTER_LINEAR)
         if self.ignored_score is not None:
             stretched[self.ignored_score] = -np.inf

@@ -40,26 +40,26 @@ def test_a_settled_entry_waits_for_those_before_it(ledger):
     first, second = ledger.open(ticket, frame()), ledger.open(ticket, frame())
     assert (first.sequence, second.sequence) == (1, 2)
     assert ledger.settle(second, OK)
-    assert ledger.take(0) is None, "the first has no result yet"
+    assert ledger.take(0) == [], "the first has no result yet"
     assert ledger.settle(first, OK)
     for entry in (first, second):
-        assert ledger.take(0) is entry
+        assert ledger.take(0) == [entry]
         ledger.done(entry, None)
-    assert ledger.take(0) is None
+    assert ledger.take(0) == []
 
 
 def test_an_entry_is_settled_once(ledger):
     entry = ledger.open(Ticket(), frame())
     assert ledger.settle(entry, OK)
     assert not ledger.settle(entry, Inspection(Outcome.NG, score=9.0))
-    assert ledger.take(0).inspection is OK
+    assert ledger.take(0)[0].inspection is OK
 
 
 def test_the_same_entry_is_handed_out_until_it_is_done(ledger):
     entry = ledger.open(Ticket(), frame())
     ledger.settle(entry, OK)
-    assert ledger.take(0) is entry
-    assert ledger.take(0) is entry, "the publisher's successor goes on with it"
+    assert ledger.take(0) == [entry]
+    assert ledger.take(0) == [entry], "the publisher's successor goes on with it"
     ledger.done(entry, None)
     with pytest.raises(AssertionError):
         ledger.done(entry, None)
@@ -69,7 +69,7 @@ def test_an_entry_that_is_due_becomes_invalid_and_what_comes_then_is_late(ledger
     with_deadline(ledger, 1000)
     entry = ledger.open(Ticket(), frame(time.monotonic_ns() - 2_000_000_000))
     assert entry.is_late()
-    taken = ledger.take(0)
+    (taken,) = ledger.take(0)
     assert taken is entry
     assert (taken.inspection.outcome, taken.inspection.reason) == (Outcome.INVALID, Reason.DEADLINE)
     assert not ledger.settle(entry, OK)
@@ -79,7 +79,7 @@ def test_a_taker_wakes_for_the_deadline_by_itself(ledger):
     with_deadline(ledger, 50)
     entry = ledger.open(Ticket(), frame())
     began_ns = time.monotonic_ns()
-    taken = ledger.take(60)
+    (taken,) = ledger.take(60)
     assert taken is entry
     assert taken.inspection.reason is Reason.DEADLINE
     assert time.monotonic_ns() >= entry.due_ns
@@ -92,7 +92,7 @@ def test_a_settled_entry_is_not_late_however_long_it_waits(ledger):
     ledger.settle(entry, OK)
     while time.monotonic_ns() < entry.due_ns:
         pass
-    assert ledger.take(0).inspection is OK
+    assert ledger.take(0)[0].inspection is OK
 
 
 def test_a_trigger_is_filled_with_its_frame_unless_its_verdict_is_out(ledger):
@@ -104,8 +104,8 @@ def test_a_trigger_is_filled_with_its_frame_unless_its_verdict_is_out(ledger):
     with_deadline(ledger, 1)
     late = ledger.open(ticket, Frame(FrameStatus.PENDING, "s", arrived_ns=0))
     ledger.settle(entry, OK)
-    ledger.done(ledger.take(0), None)
-    assert ledger.take(0) is late
+    ledger.done(*ledger.take(0), None)
+    assert ledger.take(0) == [late]
     assert not ledger.fill(late, frame())
 
 
@@ -125,7 +125,7 @@ def test_what_an_earlier_run_left_is_restored_and_giving_up_leaves_nothing_open(
     ledger.give_up(Reason.ENGINE, "ending")
     assert waiting.inspection.reason is Reason.ENGINE
     found = []
-    while (entry := ledger.take(0)) is not None:
+    for entry in ledger.take(0, 10):
         found.append((entry.sequence, entry.inspection.reason))
         ledger.done(entry, None)
     assert found == [(7, Reason.RESTART), (waiting.sequence, Reason.ENGINE)]
@@ -149,8 +149,7 @@ def test_the_arithmetic_holds_at_any_moment(ledger):
 
     def publish_all():
         while not ledger.over:
-            entry = ledger.take(0.05)
-            if entry is not None:
+            for entry in ledger.take(0.05, 3):
                 ledger.done(entry, None)
 
     threads = [threading.Thread(target=work) for work in (open_all, settle_all, publish_all)]
@@ -185,11 +184,13 @@ def test_whatever_the_order_of_events_each_number_comes_out_once_and_in_order(tm
             elif step == "revoke":
                 ledger.revoke(ticket)
                 ticket = Ticket()
-            elif step == "take" and (entry := ledger.take(0)) is not None:
-                ledger.done(entry, None)
-                out.append(entry.sequence)
+            elif step == "take":
+                for entry in ledger.take(0, data.draw(st.integers(1, 5))):
+                    assert entry.is_late(), "what is taken cannot be settled any more"
+                    ledger.done(entry, None)
+                    out.append(entry.sequence)
         ledger.give_up(Reason.ENGINE, "ending")
-        while (entry := ledger.take(0)) is not None:
+        for entry in ledger.take(0, 1000):
             ledger.done(entry, None)
             out.append(entry.sequence)
         totals, open_numbers = ledger.audit()

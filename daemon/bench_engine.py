@@ -1,0 +1,270 @@
+"""`inspectord bench engine`: the engines beside the published implementation, each in a process of its own.
+
+The processes are fresh and take turns in small rounds, so that a machine that slows down slows all sides down.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.bundle import Model
+from pipeline.engine import Precision
+from pipeline.geometry import Geometry
+from pipeline.machine import describe_machine
+from pipeline.networks import TEACHER_CHANNELS, EfficientAD, PdnSize
+from pipeline.preprocess import PreprocessSpec
+
+_ROUNDS = 10
+_WARM_UP = 3
+_LIMIT_CHANNELS, _LIMIT_SIDE_PX, _LIMIT_LAYERS = 512, 64, 6
+_LIMIT_TRIES = 10
+_SPREAD = 0.05
+"""Standard deviation of a random model's channel statistics and biases."""
+_ANSWER_S = 600.0
+
+EngineName = Literal["reference", "cpu", "cuda"]
+Infer = Callable[[NDArray[np.float32]], object]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One engine to be timed."""
+
+    engine: EngineName
+    precision: Precision
+    size: PdnSize
+    geometry: Geometry
+    threads: int | None
+    reference_device: Literal["cpu", "cuda"] = "cpu"
+
+
+class SideFailed(Exception):
+    """A side's process ended or raised; the message says which."""
+
+
+def bench_engine(
+    sides: list[Side], seconds: float, on_round: Callable[[int, int], None], *, limits: bool = True
+) -> dict[str, Any]:
+    """Time the sides in turns.
+
+    Args:
+        sides: of any sizes; each size's first is what its others are compared with.
+        seconds: wanted for each side.
+        on_round: told how many of how many rounds are done.
+        limits: measure what the machine can do at most, too.
+
+    Returns:
+        `{"machine": …, "results": […]}`; times in milliseconds.
+
+    Raises SideFailed.
+    """
+    with ExitStack() as stack:
+        asking = [stack.enter_context(_process(side)) for side in sides]
+        once_ms = [statistics.median(ask(_WARM_UP)[1]) for ask in asking]
+        times: list[list[float]] = [[] for _ in sides]
+        peaks = [0.0] * len(sides)
+        for turn in range(_ROUNDS):
+            for index, ask in enumerate(asking):
+                count = max(1, round(seconds * 1000 / _ROUNDS / once_ms[index]))
+                peaks[index], took = ask(count)
+                times[index] += took
+            on_round(turn + 1, _ROUNDS)
+    device = "cuda" if any(side.engine == "cuda" for side in sides) else "cpu"
+    gmac_per_s = _machine_limits(sides[0].threads) if limits and device == "cpu" else {}
+    medians = [statistics.median(took) for took in times]
+    base = {side.size: medians[index] for index, side in reversed(list(enumerate(sides)))}
+    results = []
+    for index, side in enumerate(sides):
+        work = gigamacs(side.size, side.geometry)
+        limit = gmac_per_s.get(side.precision)
+        results.append(
+            {
+                "engine": side.engine,
+                "precision": side.precision,
+                "size": side.size,
+                "image_size": [side.geometry.image_width, side.geometry.image_height],
+                "tiles": [side.geometry.tile_rows, side.geometry.tile_columns],
+                "runs": len(times[index]),
+                "median_ms": medians[index],
+                "p10_ms": float(np.percentile(times[index], 10)),
+                "p90_ms": float(np.percentile(times[index], 90)),
+                "peak_memory_mib": peaks[index],
+                "ratio_to_reference": base[side.size] / medians[index],
+                "gmac": work,
+                "limit_ms": None if limit is None else work / limit * 1000,
+            }
+        )
+    machine = {**describe_machine(device), "engine_threads": sides[0].threads or describe_machine()["cores"]}
+    return {"machine": {**machine, "gmac_per_s": gmac_per_s}, "results": results}
+
+
+@contextmanager
+def _process(side: Side) -> Iterator[Callable[[int], tuple[float, list[float]]]]:
+    """Start a side; yields a function that has it infer so often and returns its peak MiB and times, ms."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(theirs, asdict(side)), daemon=True)
+    process.start()
+    theirs.close()
+
+    def ask(count: int) -> tuple[float, list[float]]:
+        try:
+            ours.send(count)
+            if not ours.poll(_ANSWER_S):
+                raise SideFailed(f"{side.engine} {side.precision} {side.size}: no answer within {_ANSWER_S:g} s")
+            answer = ours.recv()
+        except (EOFError, OSError) as error:
+            raise SideFailed(f"{side.engine} {side.precision} {side.size}: its process has ended") from error
+        if isinstance(answer, str):
+            raise SideFailed(f"{side.engine} {side.precision} {side.size}: {answer}")
+        return cast(tuple[float, list[float]], answer)
+
+    try:
+        yield ask
+    finally:
+        ours.close()
+        process.join(5)
+        process.kill()
+
+
+def _serve(connection: Connection, description: dict[str, Any]) -> None:
+    """Be one side: infer as often as asked, until the other end closes."""
+    try:
+        side = Side(**{**description, "geometry": Geometry(**description["geometry"])})
+        infer, image = _make_side(side)
+    except Exception as error:  # noqa: BLE001 - told to the other process, which raises it
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    while True:
+        try:
+            count = connection.recv()
+        except EOFError:
+            return
+        took_ms = []
+        for _ in range(count):
+            began_ns = time.perf_counter_ns()
+            infer(image)
+            took_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
+        connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, took_ms))
+
+
+def _make_side(side: Side) -> tuple[Infer, NDArray[np.float32]]:
+    networks = random_networks(side.size, side.geometry)
+    g = side.geometry
+    image = np.random.default_rng(0).normal(0, 1, (3, g.image_height, g.image_width)).astype(np.float32)
+    if side.engine == "reference":
+        return Reference(networks, side.reference_device, side.threads), image
+    model = Model(side.size, g, PreprocessSpec(g.image_width, g.image_height), networks.state_dict())
+    if side.engine == "cuda":
+        from pipeline.engine_cuda import CudaEngine
+
+        return CudaEngine(model).infer, image
+    from pipeline.engine_cpu import CpuEngine, observe_ranges
+
+    if side.precision == "int8":
+        model = replace(model, ranges=observe_ranges(model, [image], side.threads))
+    return CpuEngine(model, side.threads, side.precision).infer, image
+
+
+def random_networks(size: PdnSize, geometry: Geometry) -> EfficientAD:
+    """Make networks with seeded random weights: their speed is that of trained ones."""
+    torch.manual_seed(0)
+    networks = EfficientAD(size, geometry).eval()
+    networks.teacher_mean.normal_(0, _SPREAD)
+    networks.teacher_std.uniform_(_SPREAD, 2 * _SPREAD)
+    return networks
+
+
+class Reference:
+    """Inference as the public reference does it: eager PyTorch, float32, one network after the other."""
+
+    def __init__(self, networks: EfficientAD, device: str, threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._networks, self._device = networks.to(device), device
+
+    @torch.no_grad()
+    def __call__(self, image: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Compute the raw maps of a prepared image, tile by tile where the geometry says so."""
+        n = self._networks
+        whole = torch.from_numpy(image)[None].to(self._device)
+        g = n.geometry
+        predicted = n.autoencode(whole)
+        map_st, map_ae = (torch.empty(g.map_height, g.map_width) for _ in range(2))
+        for tile in g.tiles():
+            piece = whole[:, :, tile.y_px, tile.x_px]
+            described = (n.teacher(piece) - n.teacher_mean[:, None, None]) / n.teacher_std[:, None, None]
+            imitated = n.student(piece)
+            expected = predicted[:, :, tile.rows, tile.columns]
+            cells = (tile.rows, tile.columns)
+            map_st[cells] = torch.mean((described - imitated[:, :TEACHER_CHANNELS]) ** 2, dim=1)[0].cpu()
+            map_ae[cells] = torch.mean((expected - imitated[:, TEACHER_CHANNELS:]) ** 2, dim=1)[0].cpu()
+        return map_st.numpy(), map_ae.numpy()
+
+
+def gigamacs(size: PdnSize, geometry: Geometry) -> float:
+    """Count the multiplications of all convolutions for one image, untiled, in units of 10⁹."""
+    whole = replace(geometry, tile_rows=1, tile_columns=1)
+    with torch.device("meta"):
+        networks = EfficientAD(size, whole).eval()
+        total = 0
+
+        def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+            nonlocal total
+            weight = cast(nn.Conv2d, layer).weight
+            total += output.numel() * weight[0].numel()
+
+        for layer in networks.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_hook(count)
+        networks.teacher(torch.empty(1, 3, whole.image_height, whole.image_width))
+        networks.student(torch.empty(1, 3, whole.image_height, whole.image_width))
+        networks.autoencoder(torch.empty(1, 3, 256, 256))
+    return total / 1e9
+
+
+def _machine_limits(threads: int | None) -> dict[str, float]:
+    """Measure 10⁹ multiply-accumulates a second of large 3×3 convolutions in a row, at each precision."""
+    import openvino as ov
+    from openvino import opset13 as op
+
+    from pipeline.engine_cpu import compile_options, cpu_precisions
+    from pipeline.openvino_graph import quantised_convolution
+
+    channels, side = _LIMIT_CHANNELS, _LIMIT_SIDE_PX
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, 0.02, (channels, channels, 3, 3)).astype(np.float32)
+    image = rng.random((1, channels, side, side)).astype(np.float32)
+    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    work = _LIMIT_LAYERS * channels * channels * 9 * side**2 / 1e9
+    found: dict[str, float] = {}
+    for precision in cpu_precisions():
+        parameter = op.parameter([1, channels, side, side], np.float32)
+        node = op.relu(parameter)
+        for _ in range(_LIMIT_LAYERS):
+            if precision == "int8":
+                node = op.relu(quantised_convolution(node, weight, 1.0, layer))
+            else:
+                node = op.relu(op.convolution(node, op.constant(weight), [1, 1], [1, 1], [1, 1], [1, 1]))
+        graph = ov.Model([op.reduce_max(node, np.arange(4))], [parameter], "limit")
+        request = ov.Core().compile_model(graph, "CPU", compile_options(precision, threads)).create_infer_request()
+        times = []
+        for _ in range(_LIMIT_TRIES):
+            began_ns = time.perf_counter_ns()
+            request.infer([image], share_inputs=True)
+            times.append((time.perf_counter_ns() - began_ns) / 1e9)
+        found[precision] = work / min(times)
+    return found

@@ -1,0 +1,265 @@
+"""`inspectord bench pipeline | ingest | scaling`: a whole station as a process, timed from frame to verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import typer
+import yaml
+import zmq
+
+from daemon.cli_errors import clear_errors
+from daemon.cli_options import ConfigOption
+from daemon.config import StationConfig
+from daemon.ports import free_ports
+from drivers.camera import Camera, CameraInfo, CameraLost, Fires
+from drivers.catalog import make_camera
+from drivers.frame import Frame, FrameStatus, Image, PixelFormat
+from drivers.pacing import Pacer
+from drivers.synthetic import PartRenderer, SyntheticOptions
+from pipeline.bundle import Bundle
+from pipeline.engine import Precision, RawMaps
+from pipeline.engines import EngineChoice
+
+STATION = "bench"
+_DIFFERENT_PARTS = 16
+_STARTS_WITHIN_S = 180.0
+_SILENT_S = 60.0
+_NOT_ENGINE = ("grab", "queue", "publish")
+
+
+class BenchFailed(Exception):
+    """The station under test ended or went silent; the message holds the end of its log."""
+
+
+class Playback:
+    """A camera that costs nothing: parts of the simulated line, drawn beforehand and shown again and again."""
+
+    live: ClassVar[bool] = True
+    fires: Fires = Fires.ITSELF
+    signals_pass = False
+
+    def __init__(self, options: SyntheticOptions) -> None:
+        self._options = options
+        renderer = PartRenderer(options)
+        self._parts: list[Image] = [renderer.render(index).raw for index in range(_DIFFERENT_PARTS)]
+        self._pacer = Pacer(options.rate_fps)
+        self._count = 0
+
+    def open(self) -> CameraInfo:
+        """Describe the parts."""
+        options = self._options
+        return CameraInfo("playback", "playback", options.width, options.height, options.pixel_format)
+
+    def ready(self, timeout_s: float) -> bool:
+        """Never asked."""
+        raise NotImplementedError
+
+    def fire(self) -> None:
+        """Never asked."""
+        raise NotImplementedError
+
+    def grab(self, timeout_s: float) -> list[Frame]:
+        """Show the next part when it is due."""
+        if not self._pacer.wait(timeout_s):
+            return []
+        image = self._parts[self._count % _DIFFERENT_PARTS]
+        self._count += 1
+        return [Frame(FrameStatus.COMPLETE, "playback", image=image, pixel_format=self._options.pixel_format)]
+
+    def signal_pass(self) -> None:
+        """Never asked."""
+        raise CameraLost("no output line")
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class NullEngine:
+    """Finds nothing on any image, at once."""
+
+    device = "null"
+    precision: Precision = "fp32"
+
+    def __init__(self, bundle: Bundle) -> None:
+        g = bundle.model.geometry
+        q = bundle.quantiles
+        shape = (g.map_height, g.map_width)
+        self._maps = RawMaps(
+            np.full(shape, q.st_a, np.float32),
+            np.full(shape, q.ae_a or 0.0, np.float32),
+            preprocess_ns=0,
+            infer_ns=0,
+        )
+
+    def warm_up(self) -> None:
+        """Nothing to warm up."""
+
+    def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
+        """Return flat maps."""
+        return self._maps
+
+
+@dataclass
+class LineResult:
+    """What a subscriber saw of a station."""
+
+    verdicts: int
+    rate_fps: float
+    outcomes: dict[str, int]
+    unjournaled: int
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    """p50_ms, p95_ms, p99_ms and max_ms of each stage, of `overhead` (not preprocess or infer) and `total`."""
+    rss_mib: tuple[float, float] = (0.0, 0.0)
+    """Resident memory after the warm-up and at the end."""
+    descriptors: tuple[int, int] = (0, 0)
+
+
+class BenchStation:
+    """One station as a process, and a subscriber that keeps what it sends."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], *flags: str) -> None:
+        """Start it.
+
+        Args:
+            folder: for its configuration, state and log.
+            config: without station, endpoints and state.
+            flags: of this module's own command.
+        """
+        folder.mkdir(parents=True)
+        self._log = folder / "station.log"
+        (port,) = free_ports(1)
+        endpoint = f"tcp://127.0.0.1:{port}"
+        path = folder / "station.yaml"
+        own = {"station": STATION, "state_dir": str(folder / "state"), "publish": {"verdicts": endpoint}}
+        path.write_text(yaml.safe_dump({**own, **config}, sort_keys=False))
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        self._socket.connect(endpoint)
+        self._socket.subscribe(f"verdict/{STATION}/".encode())
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "daemon.bench_line", "-c", str(path), *flags], stdout=log, stderr=log
+            )
+
+    def receive(self, count: int, wait_s: float = _SILENT_S) -> list[bytes]:
+        """Take so many verdicts as they are. Raises BenchFailed."""
+        bodies: list[bytes] = []
+        deadline_s = time.monotonic() + wait_s
+        while len(bodies) < count:
+            if self._socket.poll(200):
+                bodies.append(self._socket.recv_multipart()[1])
+                deadline_s = time.monotonic() + _SILENT_S
+            elif self._process.poll() is not None or time.monotonic() > deadline_s:
+                end = self._log.read_text(errors="replace")[-2000:]
+                raise BenchFailed(f"the station sent {len(bodies)} of {count} verdicts; its log ends:\n{end}")
+        return bodies
+
+    def measure(self, count: int, warm_up: int) -> LineResult:
+        """Take verdicts and sum them up. Raises BenchFailed."""
+        self.receive(warm_up, _STARTS_WITHIN_S)
+        before = self._look()
+        began_s = time.monotonic()
+        bodies = self.receive(count)
+        took_s = time.monotonic() - began_s
+        after = self._look()
+        found = [json.loads(body) for body in bodies]
+        outcomes: dict[str, int] = {}
+        for verdict in found:
+            word = verdict["verdict"] if verdict["reason"] is None else f"{verdict['verdict']}/{verdict['reason']}"
+            outcomes[word] = outcomes.get(word, 0) + 1
+        return LineResult(
+            verdicts=count,
+            rate_fps=count / took_s,
+            outcomes=outcomes,
+            unjournaled=sum(not verdict["journaled"] for verdict in found),
+            stages=_stages([v["latency_us"] for v in found if v["verdict"] != "INVALID"]),
+            rss_mib=(before[0], after[0]),
+            descriptors=(before[1], after[1]),
+        )
+
+    def _look(self) -> tuple[float, int]:
+        process = Path(f"/proc/{self._process.pid}")
+        pages = int((process / "statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(list((process / "fd").iterdir()))
+
+    def close(self) -> None:
+        """End the station."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._context.destroy(linger=0)
+
+
+@contextmanager
+def bench_station(folder: Path, config: dict[str, Any], *flags: str) -> Iterator[BenchStation]:
+    """Run a station for as long as it is measured."""
+    station = BenchStation(folder, config, *flags)
+    try:
+        yield station
+    finally:
+        station.close()
+
+
+def _stages(latencies: list[dict[str, int]]) -> dict[str, dict[str, float]]:
+    if not latencies:
+        return {}
+    columns = {name: np.array([one[name] for one in latencies]) / 1000 for name in latencies[0]}
+    total = columns.pop("total")
+    columns["publish"] = total - sum(columns.values())
+    columns["overhead"] = np.asarray(sum(columns[name] for name in _NOT_ENGINE))
+    columns["total"] = total
+    found = {}
+    for name, values in columns.items():
+        p50, p95, p99, top = np.percentile(values, (50, 95, 99, 100))
+        found[name] = {"p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99), "max_ms": float(top)}
+    return found
+
+
+def run_bench_station(
+    config: ConfigOption,
+    null_engine: Annotated[bool, typer.Option("--null-engine", help="find nothing, at once")] = False,
+    playback: Annotated[
+        bool, typer.Option("--playback", help="draw the simulated line's parts beforehand")
+    ] = False,
+) -> None:
+    """Run a station for a bench."""
+    from daemon.config import load_config
+    from daemon.log import configure_logging
+    from daemon.station import Station
+
+    configure_logging()
+    with clear_errors():
+        settings = load_config(config)
+        engine_for: Callable[[Bundle], EngineChoice] | None = None
+        if null_engine:
+            engine_for = lambda bundle: EngineChoice(NullEngine(bundle), "bench")  # noqa: E731
+        station = Station(settings, camera_for=_played_back if playback else None, engine_for=engine_for)
+        signal.signal(signal.SIGTERM, lambda _number, _frame: station.stop())
+        typer.echo(station.run())
+
+
+def _played_back(settings: StationConfig) -> Camera:
+    if isinstance(settings.camera, SyntheticOptions):
+        return Playback(settings.camera)
+    return make_camera(settings.camera)
+
+
+if __name__ == "__main__":
+    typer.run(run_bench_station)
