@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -19,6 +20,7 @@ import typer
 import yaml
 import zmq
 
+from daemon.bench_engine import Side, bench_engine
 from daemon.cli_errors import clear_errors
 from daemon.cli_options import ConfigOption
 from daemon.config import StationConfig
@@ -27,14 +29,18 @@ from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
+from drivers.pylon import PylonCamera, PylonOptions
 from drivers.synthetic import PartRenderer, SyntheticOptions
 from pipeline.bundle import Bundle
 from pipeline.engine import Precision, RawMaps
+from pipeline.engine_cpu import cpu_precisions
 from pipeline.engines import EngineChoice
+from pipeline.geometry import Geometry
+from pipeline.machine import describe_machine
 
 STATION = "bench"
 _DIFFERENT_PARTS = 16
-_STARTS_WITHIN_S = 180.0
+_STARTS_WITHIN_S = 60.0
 _SILENT_S = 60.0
 _NOT_ENGINE = ("grab", "queue", "publish")
 
@@ -230,6 +236,105 @@ def _stages(latencies: list[dict[str, int]]) -> dict[str, dict[str, float]]:
         p50, p95, p99, top = np.percentile(values, (50, 95, 99, 100))
         found[name] = {"p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99), "max_ms": float(top)}
     return found
+
+
+def bench_pipeline(
+    folder: Path, config: dict[str, Any], loads_fps: list[float] | None, frames: int
+) -> dict[str, Any]:
+    """Measure a station saturated, then at loads.
+
+    Args:
+        folder: for what stations write.
+        config: of the station; its camera is played back from memory.
+        loads_fps: None: half of the saturated rate.
+        frames: measured at each load.
+
+    Raises BenchFailed.
+    """
+    warm_up = max(5, frames // 10)
+    results = []
+    with bench_station(folder / "saturated", {**config, **_SATURATED}, "--playback") as station:
+        saturated = station.measure(frames, warm_up)
+    for load_fps in loads_fps or [saturated.rate_fps / 2]:
+        camera = {**config["camera"], "rate_fps": load_fps}
+        loaded = {**config, **_QUIET, "camera": camera, "on_overload": "invalid"}
+        with bench_station(folder / f"at {load_fps:g}", loaded, "--playback") as station:
+            results.append(_result(station.measure(frames, warm_up), load_fps))
+    return {"machine": describe_machine(), "results": [*results, _result(saturated, None)]}
+
+
+def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames: int) -> dict[str, Any]:
+    """Measure everything but the engine on pylon's emulated camera, which gives frames as fast as they are taken.
+
+    Raises BenchFailed, DriverMissing.
+    """
+    PylonCamera(PylonOptions(driver="pylon"))  # says what to install where pylon is missing
+    os.environ.setdefault("PYLON_CAMEMU", "1")
+    features = {
+        "TestImageSelector": "Testimage2",
+        "ExposureTimeAbs": 100.0,
+        "AcquisitionFrameRateEnable": False,
+    }
+    camera = {
+        "driver": "pylon",
+        "serial": _EMULATED,
+        "width": width_px,
+        "height": height_px,
+        "pixel_format": "Mono8",
+        "features": features,
+    }
+    config = {"camera": camera, "model": model, **_SATURATED}
+    with bench_station(folder / "ingest", config, "--null-engine") as station:
+        found = station.measure(frames, _INGEST_WARM_UP)
+    return {"machine": describe_machine(), "results": [_result(found, None)]}
+
+
+def bench_scaling(
+    folder: Path, model: str, sizes_px: list[tuple[int, ...]], stations: int, seconds: float, frames: int
+) -> dict[str, Any]:
+    """Measure image sizes with and without tiles, then one to several stations at once, each saturated.
+
+    Raises BenchFailed, SideFailed.
+    """
+    sides = []
+    precision = cpu_precisions()[-1]
+    for width_px, height_px in sizes_px:
+        for tiles in ((1, 1), (2, 2)):
+            geometry = Geometry(width_px, height_px, tile_rows=tiles[0], tile_columns=tiles[1])
+            sides.append(Side("cpu", precision, "small", geometry, None))
+    timed = bench_engine(sides, seconds, lambda _done, _total: None, limits=False)
+    results = [{"kind": "image_size", **result} for result in timed["results"]]
+    cores = len(os.sched_getaffinity(0))
+    camera = {"driver": "synthetic", "width": 640, "height": 480, "pixel_format": "Mono8"}
+    for count in range(1, stations + 1):
+        threads = max(1, cores // count)
+        config = {"camera": camera, "model": model, "threads": threads, **_SATURATED}
+        with ExitStack() as stack:
+            running = [
+                stack.enter_context(bench_station(folder / f"{count}-{index}", config, "--playback"))
+                for index in range(count)
+            ]
+            with ThreadPoolExecutor(count) as pool:
+                found = list(pool.map(lambda station: station.measure(frames, frames // 4), running))
+        together = {
+            "rate_fps": sum(one.rate_fps for one in found),
+            "total": max((one.stages["total"] for one in found), key=lambda total: total["p99_ms"]),
+        }
+        results.append({"kind": "stations", "stations": count, "threads": threads, **together})
+    return {"machine": timed["machine"], "results": results}
+
+
+_QUIET: dict[str, Any] = {"log": {"level": "warning"}, "images": False, "plausible": {"frozen_frames": 0}}
+_SATURATED: dict[str, Any] = {**_QUIET, "on_overload": "wait"}
+_INGEST_WARM_UP = 300
+_EMULATED = "0815-0000"
+"""Serial number of pylon's first emulated camera."""
+
+
+def _result(found: LineResult, load_fps: float | None) -> dict[str, Any]:
+    facts = asdict(found)
+    stages = facts.pop("stages")
+    return {"load_fps": load_fps or found.rate_fps, "saturated": load_fps is None, **facts, **stages}
 
 
 def run_bench_station(

@@ -2,25 +2,183 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from daemon.bench_output import Bars, Files, show
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import check_json_file, numbers, one_of
+from daemon.cli_options import numbers, one_of
 
 _DRAWN_PARTS = 24
+_SIZES = ("small", "medium")
+_PRECISIONS = ("fp32", "bf16", "int8")
+
+JsonOption = Annotated[Path | None, typer.Option("--json", help="write the results to this file")]
+PlotOption = Annotated[Path | None, typer.Option(help="draw a summary into this PNG")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=256, help="of the CPU engine; none: all cores")]
+ModelOption = Annotated[
+    Path | None, typer.Option(help="bundle; none: one trained for a few steps on the spot", file_okay=False)
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     bench = typer.Typer(help="Compare speeds in one run and print ratios.", no_args_is_help=True)
-    bench.command()(train)
-    bench.command()(soak)
+    for command in (engine, pipeline, ingest, scaling, train, soak):
+        bench.command()(command)
     app.add_typer(bench, name="bench")
+
+
+def engine(
+    size: Annotated[list[str] | None, typer.Option(help="small, medium; repeatable; none: both")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the network's input, px")] = "256x256",
+    tiles: Annotated[str, typer.Option(help="ROWSxCOLUMNS of pieces")] = "1x1",
+    threads: ThreadsOption = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="for each engine, in ten rounds")] = 10.0,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time the engines beside the published implementation in eager PyTorch, from prepared image to raw maps."""
+    with clear_errors():
+        from daemon.bench_engine import Side, bench_engine
+        from daemon.progress import ConsoleListener
+        from pipeline.geometry import Geometry
+
+        files = Files(json_file, plot)
+        files.check()
+        sizes = [one_of(each, "--size", *_SIZES) for each in size or _SIZES]
+        on_cuda = one_of(device, "--device", "cpu", "cuda") == "cuda"
+        width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
+        rows, columns = numbers(tiles, r"(\d+)x(\d+)", "--tiles", "2x2")
+        geometry = Geometry(width, height, tile_rows=rows, tile_columns=columns)
+        sides = []
+        for each in sizes:
+            engines: list[tuple[str, str]] = [("reference", "fp32")]
+            engines += [("cuda", "fp32")] if on_cuda else [("cpu", precision) for precision in _able()]
+            sides += [
+                Side(name, precision, each, geometry, threads, device)  # type: ignore[arg-type]
+                for name, precision in engines
+            ]
+        with ConsoleListener("rounds") as listener:
+            found = bench_engine(sides, seconds, lambda done, total: listener.step(done, total, {}))
+        columns_shown = [
+            ("engine", ""), ("precision", ""), ("size", ""), ("image_size", ""), ("median_ms", ".2f"),
+            ("p10_ms", ".2f"), ("p90_ms", ".2f"), ("ratio_to_reference", ".2f"), ("limit_ms", ".2f"),
+            ("peak_memory_mib", ".0f"), ("runs", "d"),
+        ]  # fmt: skip
+        names = list(dict.fromkeys(f"{r['engine']} {r['precision']}" for r in found["results"]))
+        medians = {(f"{r['engine']} {r['precision']}", r["size"]): r["median_ms"] for r in found["results"]}
+        series = {name: [medians[name, each] for each in sizes] for name in names}
+        show(found, columns_shown, files, Bars("EfficientAD, one image", "median, ms", sizes, series))
+
+
+def pipeline(
+    model: ModelOption = None,
+    camera_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the frames, px")] = "2448x2048",
+    pixel_format: Annotated[str, typer.Option(help="such as BayerRG8, Mono8, BGR8")] = "BayerRG8",
+    load_fps: Annotated[
+        list[float] | None, typer.Option(help="frames a second; repeatable; none: half of what saturates it")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=10, help="measured at each load, after a tenth more")] = 300,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or int8")] = "auto",
+    threads: ThreadsOption = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Run a whole station, saturated and at given loads, and time each stage from frame to verdict."""
+    with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        from daemon.bench_line import bench_pipeline
+
+        files = Files(json_file, plot)
+        files.check()
+        width, height = numbers(camera_size, r"(\d+)x(\d+)", "--camera-size", "2448x2048")
+        camera = {"driver": "synthetic", "width": width, "height": height, "pixel_format": pixel_format}
+        config = {
+            "camera": camera,
+            "model": str(model or _quick_model(Path(folder), 256)),
+            "device": one_of(device, "--device", "auto", "cpu", "cuda"),
+            "precision": one_of(precision, "--precision", "auto", *_PRECISIONS),
+            **({} if threads is None else {"threads": threads}),
+        }
+        found = bench_pipeline(Path(folder), config, load_fps, frames)
+        show(found, _LINE_COLUMNS, files, _stage_bars("From frame to verdict", found["results"]))
+
+
+def ingest(
+    frames: Annotated[int, typer.Option(min=100, help="measured, after 300 more")] = 5000,
+    camera_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the frames, px")] = "1920x1200",
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Run a station on pylon's emulated camera with an engine that costs nothing: what all the rest costs."""
+    with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        from daemon.bench_line import bench_ingest
+
+        files = Files(json_file, plot)
+        files.check()
+        width, height = numbers(camera_size, r"(\d+)x(\d+)", "--camera-size", "1920x1200")
+        found = bench_ingest(Path(folder), str(_quick_model(Path(folder), 64)), width, height, frames)
+        show(found, _LINE_COLUMNS, files, _stage_bars("Without an engine", found["results"]))
+
+
+def scaling(
+    image_size: Annotated[
+        list[str] | None, typer.Option(help="WIDTHxHEIGHT of the network's input; repeatable; none: 256 to 1024")
+    ] = None,
+    stations: Annotated[int, typer.Option(min=0, max=16, help="on this machine at once, at most")] = 4,
+    seconds: Annotated[float, typer.Option(min=0.1, help="for each image size")] = 5.0,
+    frames: Annotated[int, typer.Option(min=10, help="of each station")] = 200,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time image sizes with and without tiles, and one to several stations on one machine."""
+    with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        from daemon.bench_line import bench_scaling
+
+        files = Files(json_file, plot)
+        files.check()
+        pixels = [
+            tuple(numbers(each, r"(\d+)x(\d+)", "--image-size", "512x512"))
+            for each in image_size or ["256x256", "512x512", "1024x1024"]
+        ]
+        model = str(_quick_model(Path(folder), 256)) if stations else ""
+        found = bench_scaling(Path(folder), model, pixels, stations, seconds, frames)
+        by_size = [r for r in found["results"] if r["kind"] == "image_size"]
+        labels = ["x".join(map(str, r["image_size"])) + (" tiled" if r["tiles"] != [1, 1] else "") for r in by_size]
+        bars = Bars("EfficientAD-S by image size", "median, ms", labels, {"cpu": [r["median_ms"] for r in by_size]})
+        columns = [
+            ("kind", ""), ("precision", ""), ("image_size", ""), ("tiles", ""), ("median_ms", ".1f"),
+            ("peak_memory_mib", ".0f"), ("stations", "d"), ("threads", "d"), ("rate_fps", ".1f"),
+            ("total.p50_ms", ".1f"), ("total.p99_ms", ".1f"),
+        ]  # fmt: skip
+        show(found, columns, files, bars)
+
+
+_LINE_COLUMNS = [
+    ("load_fps", ".1f"), ("saturated", ""), ("rate_fps", ".1f"),
+    *((f"{stage}.p50_ms", ".2f") for stage in ("grab", "queue", "preprocess", "infer", "publish", "overhead")),
+    *((f"total.{key}", ".2f") for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")),
+]  # fmt: skip
+
+
+def _stage_bars(title: str, results: list[dict[str, Any]]) -> Bars:
+    stages = ["grab", "queue", "preprocess", "infer", "publish", "total"]
+    series = {}
+    for result in results:
+        name = "saturated" if result["saturated"] else f"{result['load_fps']:.3g} frames/s"
+        series[name] = [result[stage]["p50_ms"] for stage in stages]
+    return Bars(title, "median, ms", stages, series)
+
+
+def _able() -> list[str]:
+    from pipeline.engine_cpu import cpu_precisions
+
+    return list(cpu_precisions())
 
 
 def train(
@@ -30,18 +188,18 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="steps a side in each of five rounds")] = 8,
     precision: Annotated[str, typer.Option(help="of inspectord's side: auto, fp32 or bf16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the results to this file")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Compare training steps per second with a straightforward implementation of the published recipe."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         from calibrate.bench_train import bench_train
         from calibrate.options import TrainOptions
         from daemon.progress import ConsoleListener
-        from pipeline.bundle import write_atomically
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
-        check_json_file(json_file)
+        files = Files(json_file)
+        files.check()
         width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
         if dataset is None:
             dataset = _draw_parts(Path(folder))
@@ -56,17 +214,11 @@ def train(
         )
         with ConsoleListener("rounds") as listener:
             found = bench_train(options, steps, lambda done, total: listener.step(done, total, {}))
-        if json_file is not None:
-            write_atomically(json_file, (json.dumps(found, indent=2) + "\n").encode())
-    typer.echo("  ".join(f"{name} {value}" for name, value in found["machine"].items() if value))
-    typer.echo(
-        f"{'side':<14}{'precision':<11}{'steps/s':>9}{'slowest':>9}{'fastest':>9}{'ratio':>8}{'mean loss':>11}"
-    )
-    for side in found["results"]:
-        typer.echo(
-            f"{side['side']:<14}{side['precision']:<11}{side['steps_per_s']:>9.2f}{side['slowest_steps_per_s']:>9.2f}"
-            f"{side['fastest_steps_per_s']:>9.2f}{side['ratio_to_reference']:>8.2f}{side['mean_loss']:>11.4f}"
-        )
+        columns = [
+            ("side", ""), ("precision", ""), ("steps_per_s", ".2f"), ("slowest_steps_per_s", ".2f"),
+            ("fastest_steps_per_s", ".2f"), ("ratio_to_reference", ".2f"), ("mean_loss", ".4f"),
+        ]  # fmt: skip
+        show(found, columns, files)
 
 
 def soak(
@@ -74,23 +226,21 @@ def soak(
         float | None, typer.Option(min=0.1, help="how long; default 2 where --frames is not given")
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="or until so many verdicts")] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="bundle; none: a tiny one made on the spot", file_okay=False)
-    ] = None,
+    model: ModelOption = None,
     seed: Annotated[int, typer.Option(help="of the order of the faults")] = 0,
     pause_s: Annotated[float, typer.Option(min=0, help="mean pause between two faults")] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the results to this file")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Run a station on the simulated line, inject every fault there is, and count what a subscriber missed."""
     from daemon.soak import SoakFailed, SoakLine
     from daemon.soak import soak as run_soak
-    from pipeline.bundle import write_atomically
 
-    check_json_file(json_file)
+    files = Files(json_file)
+    files.check()
     if minutes is None and frames is None:
         minutes = 2.0
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
-        line = SoakLine(Path(folder) / "line", model or _tiny_model(Path(folder)))
+        line = SoakLine(Path(folder) / "line", model or _quick_model(Path(folder), 64))
         try:
             for name, so_far in run_soak(line, minutes, frames, seed, pause_s):
                 took_ms = so_far.recovery_ms[name][-1]
@@ -101,13 +251,14 @@ def soak(
         finally:
             line.close()
         found = line.result.to_json()
-        if json_file is not None:
-            write_atomically(json_file, (json.dumps(found, indent=2) + "\n").encode())
-    typer.echo(str(line.result))
+        columns = [("fault", ""), ("injected", "d"), ("median_recovery_ms", "d")]
+        show(found, columns, files)
+        for name, value in found["totals"].items():
+            typer.echo(f"{name:<16}{value}")
 
 
-def _tiny_model(folder: Path) -> Path:
-    """Train a bundle for a few steps: quick to run, good for nothing else."""
+def _quick_model(folder: Path, side_px: int) -> Path:
+    """Train a bundle for a few steps: as fast as a good one, and good for nothing else."""
     from calibrate.options import TrainOptions
     from calibrate.train import train as train_bundle
     from pipeline.geometry import Geometry
@@ -116,7 +267,11 @@ def _tiny_model(folder: Path) -> Path:
     good, model = folder / "good", folder / "model"
     good.mkdir()
     options = TrainOptions(
-        dataset=_draw_parts(good), out=model, geometry=Geometry(64, 64), preprocess=PreprocessSpec(64, 64), steps=4
+        dataset=_draw_parts(good),
+        out=model,
+        geometry=Geometry(side_px, side_px),
+        preprocess=PreprocessSpec(side_px, side_px),
+        steps=4,
     )
     train_bundle(options)
     return model

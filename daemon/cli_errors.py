@@ -41,6 +41,8 @@ EXIT_CODES = {
             "daemon.client.RequestFailed",
             "daemon.demo.DemoFailed",
             "daemon.sequence.StateError",
+            "daemon.bench_engine.SideFailed",
+            "daemon.bench_line.BenchFailed",
             "daemon.soak.SoakFailed",
             "daemon.sockets.EndpointError",
             "daemon.station.StationFailed",

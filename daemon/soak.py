@@ -94,13 +94,6 @@ class SoakResult:
         }
         return {"machine": describe_machine(), "results": rows, "totals": totals}
 
-    def __str__(self) -> str:
-        found = self.to_json()
-        lines = [f"{'fault':<28}{'injected':>9}{'median to next judged part, ms':>33}"]
-        lines += [f"{r['fault']:<28}{r['injected']:>9}{r['median_recovery_ms']:>33}" for r in found["results"]]
-        lines += [f"{name:<16}{value}" for name, value in found["totals"].items()]
-        return "\n".join(lines)
-
 
 class SoakLine:
     """One station as a process, with a client that must miss nothing."""
