@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drivers.frame import BayerPattern, Image, PixelFormat
-from pipeline.resample import resize
+from pipeline.resample import resize, shrink_rows
 from pipeline.scoring import BoolMap, FrameArea
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -231,9 +231,10 @@ class Preprocessor:
         pixels: NDArray[Any] = raw
         if fmt.bayer:
             pixels = demosaic(raw, shifted_pattern(fmt.bayer, area.x, area.y))
-        shades = pixels.astype(np.float32)
-        shades *= np.float32(1.0 / fmt.max_value)
-        small = resize(shades, self.spec.width, self.spec.height)
+        if pixels.shape[0] > self.spec.height:
+            pixels = shrink_rows(np.ascontiguousarray(pixels), self.spec.height)
+        small = resize(pixels.astype(np.float32, copy=False), self.spec.width, self.spec.height)
+        small = small * np.float32(1.0 / fmt.max_value)
         if small.ndim == 2:
             small = small[..., None]
         elif fmt.colour_order == "BGR":

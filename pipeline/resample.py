@@ -8,6 +8,8 @@ the tests hold OpenCV against.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -85,6 +87,53 @@ def resize(image: NDArray[np.float32], width: int, height: int) -> NDArray[np.fl
     if shrinks_x:
         return _step(_step(image, width, in_height, cv2.INTER_AREA), width, height, cv2.INTER_LINEAR)
     return _step(_step(image, in_width, height, cv2.INTER_AREA), width, height, cv2.INTER_LINEAR)
+
+
+def shrink_rows(image: NDArray[np.unsignedinteger[Any]], height: int) -> NDArray[np.float32]:
+    """Average whole numbers over the rows that each output row covers, by the rule above.
+
+    Equal to `resize` of the image as float32 along this axis, without writing the image out as float32 first: on
+    large frames that costs more than all the rest.
+
+    Args:
+        image: (h, w) or (h, w, channels), unsigned 8 or 16 bits.
+        height: rows wanted, fewer than h.
+    """
+    rows = image.reshape(image.shape[0], -1)
+    covered = _covered_rows(image.shape[0], height)
+    out = np.empty((height, rows.shape[1]), np.float32)
+    for i, (first, last) in enumerate(covered.whole):
+        cv2.reduce(rows[first:last], 0, cv2.REDUCE_SUM, out[i : i + 1], cv2.CV_32F)
+    out *= covered.weight
+    for index, weight in covered.edges:
+        out += rows[index] * weight
+    return out.reshape(height, *image.shape[1:])
+
+
+class _CoveredRows(NamedTuple):
+    """Which input rows each output row covers."""
+
+    whole: list[tuple[int, int]]
+    """First row that is covered as a whole, and one after the last."""
+    weight: NDArray[np.float32]
+    """(outputs, 1), of each of them."""
+    edges: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
+    """The row before them, then the row after them, and their weights, (outputs, 1); left out where all are 0."""
+
+
+@lru_cache(maxsize=8)
+def _covered_rows(inputs: int, outputs: int) -> _CoveredRows:
+    table = axis_weights(inputs, outputs)
+    weight = table.weights.max(axis=1, keepdims=True)
+    whole = []
+    edges = [(np.zeros(outputs, np.int64), np.zeros((outputs, 1), np.float32)) for _ in range(2)]
+    for i, start in enumerate(table.start.tolist()):
+        alike = np.flatnonzero(table.weights[i] == weight[i])
+        whole.append((start + int(alike[0]), start + int(alike[-1]) + 1))
+        for (index, share), k in zip(edges, (int(alike[0]) - 1, int(alike[-1]) + 1), strict=True):
+            if 0 <= k < table.weights.shape[1] and table.weights[i, k]:
+                index[i], share[i] = start + k, table.weights[i, k]
+    return _CoveredRows(whole, weight, [edge for edge in edges if edge[1].any()])
 
 
 def _step(image: NDArray[np.float32], width: int, height: int, method: int) -> NDArray[np.float32]:

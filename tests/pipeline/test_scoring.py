@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.geometry import Geometry
-from pipeline.resample import axis_weights, resize
+from pipeline.resample import axis_weights, resize, shrink_rows
 from pipeline.scoring import MAX_REGIONS, FrameArea, Quantiles, Scorer, combine_maps
 from tests.pipeline import reference
 
@@ -132,3 +132,17 @@ def test_resize_tables_are_what_opencv_does(inputs, outputs, rng):
     table = axis_weights(inputs, outputs)
     taps = np.minimum(table.start[:, None] + np.arange(table.weights.shape[1]), inputs - 1)
     np.testing.assert_allclose(resize(line, outputs, 1)[0], (line[0][taps] * table.weights).sum(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(2048, 256), (1200, 256), (257, 256), (100, 99), (7, 3), (3, 1)])
+def test_rows_of_whole_numbers_are_averaged_by_the_same_weights(inputs, outputs, dtype, rng):
+    image = rng.integers(0, np.iinfo(dtype).max, (inputs, 5, 3), endpoint=True).astype(dtype)
+    table = axis_weights(inputs, outputs)
+    wanted = np.zeros((outputs, 5, 3))
+    for i, start in enumerate(table.start):
+        for k, weight in enumerate(table.weights[i]):
+            if weight:
+                wanted[i] += float(weight) * image[start + k]
+    np.testing.assert_allclose(shrink_rows(image, outputs), wanted, rtol=2e-6)
+    np.testing.assert_allclose(shrink_rows(image[..., 0], outputs), wanted[..., 0], rtol=2e-6)
