@@ -264,17 +264,13 @@ def bench_pipeline(
 
 
 def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames: int) -> dict[str, Any]:
-    """Measure everything but the engine on pylon's emulated camera, which gives frames as fast as they are taken.
+    """Measure everything but the engine on pylon's emulated camera: as fast as frames are taken, and at a load.
 
     Raises BenchFailed, DriverMissing.
     """
     PylonCamera(PylonOptions(driver="pylon"))  # says what to install where pylon is missing
     os.environ.setdefault("PYLON_CAMEMU", "1")
-    features = {
-        "TestImageSelector": "Testimage2",
-        "ExposureTimeAbs": 100.0,
-        "AcquisitionFrameRateEnable": False,
-    }
+    features = {"TestImageSelector": "Testimage2", "ExposureTimeAbs": 100.0}
     camera = {
         "driver": "pylon",
         "serial": _EMULATED,
@@ -283,10 +279,20 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
         "pixel_format": "Mono8",
         "features": features,
     }
-    config = {"camera": camera, "model": model, **_SATURATED}
-    with bench_station(folder / "ingest", config, "--null-engine") as station:
-        found = station.measure(frames, _INGEST_WARM_UP)
-    return {"machine": describe_machine(), "results": [_result(found, None)]}
+    unlimited = {**camera, "features": {**features, "AcquisitionFrameRateEnable": False}}
+    results = []
+    for load_fps, config in (
+        (
+            _INGEST_LOAD_FPS,
+            {"camera": {**camera, "rate_fps": _INGEST_LOAD_FPS}, **_QUIET, "on_overload": "invalid"},
+        ),
+        (None, {"camera": unlimited, **_SATURATED}),
+    ):
+        name = "saturated" if load_fps is None else "loaded"
+        with bench_station(folder / name, {**config, "model": model}, "--null-engine") as station:
+            count = frames if load_fps is None else min(frames, _LOADED_FRAMES)
+            results.append(_result(station.measure(count, _INGEST_WARM_UP), load_fps))
+    return {"machine": describe_machine(), "results": results}
 
 
 def bench_scaling(
@@ -326,7 +332,7 @@ def bench_scaling(
 
 _QUIET: dict[str, Any] = {"log": {"level": "warning"}, "images": False, "plausible": {"frozen_frames": 0}}
 _SATURATED: dict[str, Any] = {**_QUIET, "on_overload": "wait"}
-_INGEST_WARM_UP = 300
+_INGEST_WARM_UP, _INGEST_LOAD_FPS, _LOADED_FRAMES = 300, 100.0, 2000
 _EMULATED = "0815-0000"
 """Serial number of pylon's first emulated camera."""
 

@@ -66,8 +66,8 @@ def _cell(result: dict[str, Any], key: str, form: str) -> str:
     value: Any = result
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(value, list):
-        return "x".join(map(str, value))
+    if isinstance(value, list | tuple):  # sizes, or what was before and after
+        return "x".join(map(str, value)) if not form else " to ".join(format(each, form) for each in value)
     return "" if value is None else format(value, form)
 
 

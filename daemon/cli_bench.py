@@ -163,6 +163,7 @@ _LINE_COLUMNS = [
     ("load_fps", ".1f"), ("saturated", ""), ("rate_fps", ".1f"),
     *((f"{stage}.p50_ms", ".2f") for stage in ("grab", "queue", "preprocess", "infer", "publish", "overhead")),
     *((f"total.{key}", ".2f") for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")),
+    ("rss_mib", ".0f"), ("descriptors", "d"),
 ]  # fmt: skip
 
 

@@ -83,10 +83,12 @@ def test_a_station_by_stage_at_a_load_and_saturated(tmp_path, tiny_bundle):
 def test_everything_but_the_engine(tmp_path):
     pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
     found, _ = run(tmp_path, "ingest", "--frames", "200", "--camera-size", "320x240")
-    (result,) = found["results"]
-    assert result["outcomes"] == {"OK": 200}
-    assert result["infer"]["max_ms"] == 0.0
-    check_stages(result)
+    loaded, saturated = found["results"]
+    assert (loaded["load_fps"], saturated["saturated"]) == (100.0, True)
+    for result in (loaded, saturated):
+        assert result["outcomes"] == {"OK": 200}
+        assert result["infer"]["max_ms"] == 0.0
+        check_stages(result)
 
 
 def test_image_sizes_tiles_and_stations(tmp_path):
