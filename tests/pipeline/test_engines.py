@@ -97,6 +97,15 @@ def test_what_comes_after_the_differences_is_not_cut_off_in_integers(rng):
     np.testing.assert_allclose(ae, wanted_ae, rtol=0.02)
 
 
+def test_pinned_threads_compute_the_same(rng):
+    model = model_of(seeded_model(geometry=Geometry(64, 64)))
+    image = random_image(rng, model.geometry)
+    for free, pinned in zip(
+        CpuEngine(model, 1).infer(image), CpuEngine(model, 1, pin_threads=True).infer(image), strict=True
+    ):
+        np.testing.assert_array_equal(free, pinned)
+
+
 def test_ranges_are_the_largest_magnitudes_over_all_images(rng):
     networks = seeded_model()
     images = [random_image(rng, networks.geometry) * scale for scale in (1, 3, 2)]
