@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,10 @@ import zmq
 from daemon.bench_engine import Side, bench_engine
 from daemon.cli_errors import clear_errors
 from daemon.cli_options import ConfigOption
-from daemon.config import StationConfig
+from daemon.config import StationConfig, load_config
+from daemon.log import configure_logging
 from daemon.ports import free_ports
+from daemon.station import Station
 from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
@@ -158,7 +161,10 @@ class BenchStation:
         self._socket.subscribe(f"verdict/{STATION}/".encode())
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "daemon.bench_line", "-c", str(path), *flags], stdout=log, stderr=log
+                [sys.executable, "-m", "daemon.bench_line", "-c", str(path), *flags],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
             )
 
     def receive(self, count: int, wait_s: float = _SILENT_S) -> list[bytes]:
@@ -210,6 +216,8 @@ class BenchStation:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         self._context.destroy(linger=0)
 
 
@@ -351,10 +359,6 @@ def run_bench_station(
     ] = False,
 ) -> None:
     """Run a station for a bench."""
-    from daemon.config import load_config
-    from daemon.log import configure_logging
-    from daemon.station import Station
-
     configure_logging()
     with clear_errors():
         settings = load_config(config)
@@ -363,7 +367,14 @@ def run_bench_station(
             engine_for = lambda bundle: EngineChoice(NullEngine(bundle), "bench")  # noqa: E731
         station = Station(settings, camera_for=_played_back if playback else None, engine_for=engine_for)
         signal.signal(signal.SIGTERM, lambda _number, _frame: station.stop())
+        threading.Thread(target=_stop_without_parent, args=(station,), daemon=True).start()
         typer.echo(station.run())
+
+
+def _stop_without_parent(station: Station) -> None:
+    """Wait for the end of standard input: the bench is over, however it ended."""
+    sys.stdin.read()
+    station.stop()
 
 
 def _played_back(settings: StationConfig) -> Camera:

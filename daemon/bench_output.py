@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import typer
 
 from daemon.cli_options import check_json_file
-from pipeline.bundle import write_atomically
 
 
 class Files(NamedTuple):
@@ -51,6 +50,8 @@ def show(found: dict[str, Any], columns: Sequence[tuple[str, str]], files: Files
     for row in [headings, *rows]:
         typer.echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     if files.json is not None:
+        from pipeline.bundle import write_atomically
+
         write_atomically(files.json, (json.dumps(found, indent=2, allow_nan=False) + "\n").encode())
     if files.plot is not None and bars is not None:
         _plot(bars, files.plot)

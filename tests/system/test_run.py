@@ -21,7 +21,7 @@ from drivers.replay import list_images
 from drivers.synthetic import SyntheticOptions
 from pipeline.bundle import read_bundle
 from pipeline.engine_cpu import CpuEngine
-from pipeline.engines import EngineChoice
+from pipeline.engines import EngineChoice, make_engine
 from pipeline.inspect import Inspector
 from pipeline.plausible import PlausibleLimits
 from tests.conftest import SHARED_DATA
@@ -86,7 +86,7 @@ def test_every_image_of_a_folder_gets_one_verdict_in_order(line, good_parts, tin
     from calibrate.dataset import read_frame
     from calibrate.layouts import ImageFile
 
-    inspector = Inspector(bundle, CpuEngine(bundle.model), limits=PlausibleLimits())
+    inspector = Inspector(bundle, make_engine(bundle, "cpu").engine, limits=PlausibleLimits())
     for verdict, (name, path) in zip(bench.verdicts, list_images(good_parts), strict=True):
         wanted = inspector.inspect(read_frame(ImageFile(name, path)))
         assert verdict["score"] == pytest.approx(wanted.score, rel=1e-4)
