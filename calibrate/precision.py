@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import cv2
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.dataset import PreparedImages
+from calibrate.layouts import DatasetError
 from calibrate.normalize import choose_threshold, map_quantiles, score_maps
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
@@ -40,9 +41,16 @@ _TEXTURE_PX = 128
 
 
 def calibrate_precisions(
-    bundle: Bundle, held_out: PreparedImages, maps: Sequence[RawMaps], scorer: Scorer, options: TrainOptions
+    bundle: Bundle,
+    held_out: PreparedImages,
+    maps: Sequence[RawMaps],
+    scorer: Scorer,
+    options: TrainOptions,
+    say: Callable[[str], None] = lambda _message: None,
 ) -> Bundle:
     """Return the bundle with what belongs to each precision that this processor has.
+
+    One that cannot be calibrated is left out, which is said: a finished training must not be lost for it.
 
     Args:
         bundle: calibrated in float32.
@@ -50,13 +58,18 @@ def calibrate_precisions(
         maps: their raw maps in float32.
         scorer: knows the ignored areas.
         options: levels of the quantiles, false-reject rate, seed.
+        say: told of a precision that is left out.
     """
-    rng = np.random.default_rng([options.seed, 5])
-    chosen = range(min(_LOOKED_AT, len(held_out)))
-    # Each anomaly is kept, so that every precision sees the same.
-    anomalies = [paste_anomaly(held_out[index], rng) for index in chosen]
-    good = (held_out[index] for index in chosen)
-    seen = observe_ranges(bundle.model, itertools.chain(good, anomalies))
+
+    def good() -> Iterator[Prepared]:
+        return (held_out[index] for index in range(min(_LOOKED_AT, len(held_out))))
+
+    def anomalies() -> Iterator[Prepared]:
+        """Paste them anew for each precision, the same each time: all at once may not fit into memory."""
+        for index, image in enumerate(good()):
+            yield paste_anomaly(image, np.random.default_rng([options.seed, 5, index]))
+
+    seen = observe_ranges(bundle.model, itertools.chain(good(), anomalies()))
     model = replace(bundle.model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
     autoencoder = bundle.quantiles.ae_a is not None
     wanted = np.empty(0)
@@ -65,20 +78,26 @@ def calibrate_precisions(
         engine = CpuEngine(model, precision=precision)
         engine.warm_up()
         took_ms: list[float] = []
-        on_anomalies = [_raw_maps(engine, image, took_ms) for image in anomalies]
+        on_anomalies = [_raw_maps(engine, image, took_ms) for image in anomalies()]
         if precision == "fp32":
             on_good, quantiles, threshold = list(maps), bundle.quantiles, bundle.threshold
         else:
             on_good = [_raw_maps(engine, held_out[index], took_ms) for index in range(len(held_out))]
-            quantiles = map_quantiles(on_good, scorer, options.quantile_levels, autoencoder=autoencoder)
+            try:
+                quantiles = map_quantiles(on_good, scorer, options.quantile_levels, autoencoder=autoencoder)
+            except DatasetError as error:
+                say(f"{precision} is left out: {error}")
+                continue
         scores = score_maps([*on_good, *on_anomalies], scorer, quantiles)
         if precision == "fp32":
             wanted = scores
         else:
             threshold = choose_threshold(scores[: len(on_good)], options.false_reject_rate).value
-        found[precision] = PrecisionCalibration(
-            quantiles, threshold, _largest_deviation(scores, wanted), statistics.median(took_ms)
-        )
+        deviation = _largest_deviation(scores, wanted)
+        if not np.isfinite(deviation):
+            say(f"{precision} is left out: its scores are not finite")
+            continue
+        found[precision] = PrecisionCalibration(quantiles, threshold, deviation, statistics.median(took_ms))
     fastest_first = sorted(found.items(), key=lambda item: item[1].infer_ms)
     return replace(bundle, model=model, precisions=dict(fastest_first))
 

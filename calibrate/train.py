@@ -198,13 +198,13 @@ def with_precisions(
     options: TrainOptions,
     listener: Listener,
 ) -> Bundle:
-    """Calibrate the CPU engine's precisions, where OpenVINO is installed."""
+    """Calibrate the CPU engine's precisions, where OpenVINO is installed (a GPU's machine need not have it)."""
     try:
         from calibrate.precision import calibrate_precisions
     except ImportError as error:
         listener.say(f"the CPU engine's precisions are not calibrated: {error}")
         return bundle
-    calibrated = calibrate_precisions(bundle, held_out, maps, scorer, options)
+    calibrated = calibrate_precisions(bundle, held_out, maps, scorer, options, listener.say)
     for name, found in calibrated.precisions.items():
         listener.say(
             f"{name}: {found.infer_ms:.1f} ms, threshold {found.threshold:.4f}, scores deviate by up to "
@@ -251,7 +251,7 @@ def _training_facts(settings: dict[str, Any], good: GoodImages, options: TrainOp
 
 
 def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions) -> list[RawMaps]:
-    """Run images through the very engine that the daemon uses."""
+    """Run images through the float32 engine of the daemon."""
     engine = make_float_engine(model, "cpu" if options.device == "cpu" else "auto")
     maps = []
     for file in files:

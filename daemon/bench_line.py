@@ -124,12 +124,18 @@ class NullEngine:
 class LineResult:
     """What a subscriber saw of a station."""
 
+    device: str | None
+    precision: str | None
     verdicts: int
+    invalid: int
     rate_fps: float
     outcomes: dict[str, int]
     unjournaled: int
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    """p50_ms, p95_ms, p99_ms and max_ms of each stage, of `overhead` (not preprocess or infer) and `total`."""
+    """p50_ms, p95_ms, p99_ms and max_ms of each stage, of `overhead` (not preprocess or infer) and `total`.
+
+    `publish` is what is left: plausibility, score, regions, journal, socket, and the ways between threads.
+    """
     rss_mib: tuple[float, float] = (0.0, 0.0)
     """Resident memory after the warm-up and at the end."""
     descriptors: tuple[int, int] = (0, 0)
@@ -159,6 +165,8 @@ class BenchStation:
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
         self._socket.connect(endpoint)
         self._socket.subscribe(f"verdict/{STATION}/".encode())
+        self._socket.subscribe(f"health/{STATION}/".encode())
+        self._health: dict[str, Any] = {}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "daemon.bench_line", "-c", str(path), *flags],
@@ -173,7 +181,11 @@ class BenchStation:
         deadline_s = time.monotonic() + wait_s
         while len(bodies) < count:
             if self._socket.poll(200):
-                bodies.append(self._socket.recv_multipart()[1])
+                topic, body = self._socket.recv_multipart()
+                if topic.startswith(b"health/"):
+                    self._health = json.loads(body)
+                    continue
+                bodies.append(body)
                 deadline_s = time.monotonic() + _SILENT_S
             elif self._process.poll() is not None or time.monotonic() > deadline_s:
                 end = self._log.read_text(errors="replace")[-2000:]
@@ -193,12 +205,18 @@ class BenchStation:
         for verdict in found:
             word = verdict["verdict"] if verdict["reason"] is None else f"{verdict['verdict']}/{verdict['reason']}"
             outcomes[word] = outcomes.get(word, 0) + 1
+        judged = [verdict["latency_us"] for verdict in found if verdict["verdict"] != "INVALID"]
+        if not judged:
+            raise BenchFailed(f"no part could be judged: {outcomes}; at this load, or with this camera's format")
         return LineResult(
+            device=self._health.get("device"),
+            precision=self._health.get("precision"),
             verdicts=count,
+            invalid=count - len(judged),
             rate_fps=count / took_s,
             outcomes=outcomes,
             unjournaled=sum(not verdict["journaled"] for verdict in found),
-            stages=_stages([v["latency_us"] for v in found if v["verdict"] != "INVALID"]),
+            stages=_stages(judged),
             rss_mib=(before[0], after[0]),
             descriptors=(before[1], after[1]),
         )
@@ -232,8 +250,6 @@ def bench_station(folder: Path, config: dict[str, Any], *flags: str) -> Iterator
 
 
 def _stages(latencies: list[dict[str, int]]) -> dict[str, dict[str, float]]:
-    if not latencies:
-        return {}
     columns = {name: np.array([one[name] for one in latencies]) / 1000 for name in latencies[0]}
     total = columns.pop("total")
     columns["publish"] = total - sum(columns.values())
@@ -276,7 +292,6 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
 
     Raises BenchFailed, DriverMissing.
     """
-    PylonCamera(PylonOptions(driver="pylon"))  # says what to install where pylon is missing
     os.environ.setdefault("PYLON_CAMEMU", "1")
     features = {"TestImageSelector": "Testimage2", "ExposureTimeAbs": 100.0}
     camera = {
@@ -334,7 +349,8 @@ def bench_scaling(
             "rate_fps": sum(one.rate_fps for one in found),
             "total": max((one.stages["total"] for one in found), key=lambda total: total["p99_ms"]),
         }
-        results.append({"kind": "stations", "stations": count, "threads": threads, **together})
+        facts = {"kind": "stations", "stations": count, "threads": threads, "precision": found[0].precision}
+        results.append({**facts, **together})
     return {"machine": timed["machine"], "results": results}
 
 
@@ -343,6 +359,11 @@ _SATURATED: dict[str, Any] = {**_QUIET, "on_overload": "wait"}
 _INGEST_WARM_UP, _INGEST_LOAD_FPS, _LOADED_FRAMES = 300, 100.0, 2000
 _EMULATED = "0815-0000"
 """Serial number of pylon's first emulated camera."""
+
+
+def need_pylon() -> None:
+    """Say at once where pylon is missing. Raises DriverMissing."""
+    PylonCamera(PylonOptions(driver="pylon"))
 
 
 def _result(found: LineResult, load_fps: float | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import typer
 
-from daemon.cli_options import check_json_file
+from daemon.cli_options import check_file
 
 
 class Files(NamedTuple):
@@ -20,9 +20,12 @@ class Files(NamedTuple):
 
     def check(self) -> None:
         """Say before the work, not after it, that a file cannot be written. Raises typer.BadParameter."""
-        check_json_file(self.json)
-        if self.plot is not None and not self.plot.absolute().parent.is_dir():
-            raise typer.BadParameter(f"no folder {self.plot.absolute().parent}", param_hint="--plot")
+        if self.json is not None:
+            check_file(self.json, "--json")
+        if self.plot is not None:
+            check_file(self.plot, "--plot")
+            if self.plot.suffix.lower() != ".png":
+                raise typer.BadParameter(f"{self.plot.name} does not end in .png", param_hint="--plot")
 
 
 class Bars(NamedTuple):

@@ -46,12 +46,13 @@ def engine(
     with clear_errors():
         from daemon.bench_engine import Side, bench_engine
         from daemon.progress import ConsoleListener
+        from pipeline.engines import resolve_device
         from pipeline.geometry import Geometry
 
         files = Files(json_file, plot)
         files.check()
         sizes = [one_of(each, "--size", *_SIZES) for each in size or _SIZES]
-        on_cuda = one_of(device, "--device", "cpu", "cuda") == "cuda"
+        on_cuda, _ = resolve_device(one_of(device, "--device", "cpu", "cuda"))  # type: ignore[arg-type]
         width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
         rows, columns = numbers(tiles, r"(\d+)x(\d+)", "--tiles", "2x2")
         geometry = Geometry(width, height, tile_rows=rows, tile_columns=columns)
@@ -64,7 +65,13 @@ def engine(
                 for name, precision in engines
             ]
         with ConsoleListener("rounds") as listener:
-            found = bench_engine(sides, seconds, lambda done, total: listener.step(done, total, {}))
+
+            def on_round(done: int, total: int) -> None:
+                listener.step(done, total, {})
+                if listener.should_stop():
+                    raise KeyboardInterrupt
+
+            found = bench_engine(sides, seconds, on_round)
         columns_shown = [
             ("engine", ""), ("precision", ""), ("size", ""), ("image_size", ""), ("median_ms", ".2f"),
             ("p10_ms", ".2f"), ("p90_ms", ".2f"), ("ratio_to_reference", ".2f"), ("limit_ms", ".2f"),
@@ -93,15 +100,26 @@ def pipeline(
     """Run a whole station, saturated and at given loads, and time each stage from frame to verdict."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         from daemon.bench_line import bench_pipeline
+        from drivers.frame import PixelFormat
+        from pipeline.engines import resolve_device
 
         files = Files(json_file, plot)
         files.check()
         width, height = numbers(camera_size, r"(\d+)x(\d+)", "--camera-size", "2448x2048")
-        camera = {"driver": "synthetic", "width": width, "height": height, "pixel_format": pixel_format}
+        formats = [each.value for each in PixelFormat]
+        camera = {
+            "driver": "synthetic",
+            "width": width,
+            "height": height,
+            "pixel_format": one_of(pixel_format, "--pixel-format", *formats),
+        }
+        if not (64 <= width <= 8192 and 64 <= height <= 8192):
+            raise typer.BadParameter("sides of 64 to 8192 px", param_hint="--camera-size")
+        resolve_device(one_of(device, "--device", "auto", "cpu", "cuda"))  # type: ignore[arg-type]
         config = {
             "camera": camera,
             "model": str(model or _quick_model(Path(folder), 256)),
-            "device": one_of(device, "--device", "auto", "cpu", "cuda"),
+            "device": device,
             "precision": one_of(precision, "--precision", "auto", *_PRECISIONS),
             **({} if threads is None else {"threads": threads}),
         }
@@ -117,10 +135,11 @@ def ingest(
 ) -> None:
     """Run a station on pylon's emulated camera with an engine that costs nothing: what all the rest costs."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
-        from daemon.bench_line import bench_ingest
+        from daemon.bench_line import bench_ingest, need_pylon
 
         files = Files(json_file, plot)
         files.check()
+        need_pylon()
         width, height = numbers(camera_size, r"(\d+)x(\d+)", "--camera-size", "1920x1200")
         found = bench_ingest(Path(folder), str(_quick_model(Path(folder), 64)), width, height, frames)
         show(found, _LINE_COLUMNS, files, _stage_bars("Without an engine", found["results"]))
@@ -160,7 +179,7 @@ def scaling(
 
 
 _LINE_COLUMNS = [
-    ("load_fps", ".1f"), ("saturated", ""), ("rate_fps", ".1f"),
+    ("load_fps", ".1f"), ("saturated", ""), ("precision", ""), ("rate_fps", ".1f"), ("invalid", "d"),
     *((f"{stage}.p50_ms", ".2f") for stage in ("grab", "queue", "preprocess", "infer", "publish", "overhead")),
     *((f"total.{key}", ".2f") for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")),
     ("rss_mib", ".0f"), ("descriptors", "d"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import area, check_json_file, numbers, one_of
+from daemon.cli_options import area, check_file, numbers, one_of
 
 if TYPE_CHECKING:
     from calibrate.evaluate import Evaluation
@@ -163,7 +163,7 @@ def evaluate(
         chosen = one_of(device, "--device", "auto", "cpu", "cuda")
         one_of(precision, "--precision", "auto", "fp32", "bf16", "int8")
         loaded = read_bundle(bundle)
-        check_json_file(json_file)
+        check_file(json_file, "--json")
         if report is not None:
             report.mkdir(parents=True, exist_ok=True)  # said at once, not after the scoring
         with ConsoleListener("scoring") as listener:

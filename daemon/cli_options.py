@@ -33,10 +33,14 @@ def area(text: str) -> FrameArea:
     return FrameArea(x, y, width, height)
 
 
-def check_json_file(path: Path | None) -> None:
-    """Say before the work, not after it, that --json names no folder. Raises typer.BadParameter."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint="--json")
+def check_file(path: Path | None, option: str) -> None:
+    """Say before the work, not after it, that a file cannot be written. Raises typer.BadParameter."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint=option)
+    if path.is_dir():
+        raise typer.BadParameter(f"{path.absolute()} is a folder; name a file", param_hint=option)
 
 
 def one_of(value: str, option: str, *allowed: str) -> str:

@@ -102,7 +102,7 @@ class StationConfig(Addresses):
         default="auto", description="of the CPU engine; auto: the fastest that the bundle's calibration trusts"
     )
     threads: int | None = Field(default=None, ge=1, le=256, description="of the CPU engine; None: all cores")
-    pin_threads: bool = Field(default=False, description="bind each of them to a core of its own")
+    pin_threads: bool = Field(default=False, description="bind each of them to a core")
     threshold: float | None = Field(default=None, allow_inf_nan=False, description="instead of the bundle's")
     plausible: PlausibleConfig = PlausibleConfig()
     on_overload: Literal["wait", "invalid"] | None = Field(

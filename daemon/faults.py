@@ -143,7 +143,9 @@ def run_faulty(
         faults = Faults(folder, settings.supervision.hang_s)
 
         def engine_for(bundle: Bundle) -> EngineChoice:
-            choice = make_engine(bundle, settings.device, settings.threads, settings.precision)
+            choice = make_engine(
+                bundle, settings.device, settings.threads, settings.precision, pin_threads=settings.pin_threads
+            )
             return EngineChoice(FaultyEngine(choice.engine, faults), choice.because)
 
         station = Station(

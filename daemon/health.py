@@ -47,7 +47,6 @@ class Health:
         self._lock = threading.Lock()
         self._began_s = time.monotonic()
         self._seen_at = [(self._began_s, 0)]
-        self.device: str | None = None
 
     def message(self, totals: Totals, state: str, judged_by: JudgedBy, restarts: dict[str, int]) -> HealthMessage:
         """Describe the station now."""
@@ -68,7 +67,7 @@ class Health:
             invalid_reasons=totals.reasons,
             last_sequence=totals.last_sequence,
             camera=camera,
-            device=self.device,
+            device=judged_by.device,
             precision=judged_by.precision,
             model=judged_by.model,
             calibration=judged_by.calibration,

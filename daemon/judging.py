@@ -93,11 +93,11 @@ class Judging:
         return held + ([self.current.slot] if self.current is not None else [])
 
     def _now_judging(self, inspector: Inspector) -> None:
-        bundle = inspector.bundle
+        bundle, engine = inspector.bundle, inspector.engine
         roi = bundle.model.preprocess.roi
         geometry = {**bundle.model.geometry.to_json(), "roi": None if roi is None else asdict(roi)}
         self._judged_by = JudgedBy(
-            bundle.model_id, bundle.calibration_id, inspector.threshold, inspector.engine.precision, geometry
+            bundle.model_id, bundle.calibration_id, inspector.threshold, engine.device, engine.precision, geometry
         )
         self._ledger.judged_by = self._judged_by
 

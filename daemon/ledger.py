@@ -34,11 +34,12 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class JudgedBy:
-    """Which model, calibration, threshold and precision made a verdict."""
+    """Which model, calibration, threshold and engine made a verdict."""
 
     model: str
     calibration: str
     threshold: float
+    device: str | None
     precision: str
     geometry: dict[str, Any]
     """As map messages carry it."""
@@ -98,7 +99,7 @@ class Ledger:
         self._open: deque[Entry] = deque()
         self._changed = threading.Condition()
         self._ended = False
-        self.judged_by = JudgedBy("", "", 0.0, "", {})
+        self.judged_by = JudgedBy("", "", 0.0, None, "", {})
         """What judges now; entries that no engine saw carry it too."""
 
     def open(self, ticket: Ticket, frame: Frame, *, trigger: str | None = None, part: str | None = None) -> Entry:

@@ -263,7 +263,7 @@ class Station:
         if self._camera.signals_pass:
             self._begin_simple("passing", self._passing.run)
         self._begin_engine()
-        self._health.device = self._engine_device()
+        self._await_engine()
         left = sequences.without_verdict()
         if left:
             self._log.warning("numbers of an earlier run without a verdict", first=left[0], last=left[-1])
@@ -275,7 +275,7 @@ class Station:
         self._log.info(
             "ready",
             boot=self.boot,
-            device=self._health.device,
+            device=self._ledger.judged_by.device,
             model=self._bundle.model_id,
             calibration=self._ledger.judged_by.calibration,
             threshold=self._ledger.judged_by.threshold,
@@ -286,9 +286,9 @@ class Station:
             control=config.control_endpoints(),
         )
 
-    def _engine_device(self) -> str:
+    def _await_engine(self) -> None:
         try:
-            return self._judging.ready.result().engine.device
+            self._judging.ready.result()
         except EngineUnavailable:
             raise
         except Exception as error:

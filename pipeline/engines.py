@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -46,32 +46,39 @@ def make_engine(
 
     Raises EngineUnavailable when what is asked for cannot be had.
     """
-    on_cuda, because = _device(device)
-    if not on_cuda:
-        from pipeline.engine_cpu import CpuEngine
+    on_cuda, because = resolve_device(device)
+    if on_cuda:
+        if precision not in ("auto", "fp32"):
+            raise EngineUnavailable(f"precision: {precision} is one of the CPU engine; CUDA computes in fp32")
+        from pipeline.engine_cuda import CudaEngine
 
-        chosen = _precision(bundle, precision)
-        return EngineChoice(CpuEngine(bundle.model, threads, chosen, pin_threads=pin_threads), because)
-    if precision not in ("auto", "fp32"):
-        raise EngineUnavailable(f"precision: {precision} is one of the CPU engine; CUDA computes in fp32")
-    from pipeline.engine_cuda import CudaEngine
-
-    return EngineChoice(CudaEngine(bundle.model), because)
+        return EngineChoice(CudaEngine(bundle.model), because)
+    chosen, why = _precision(bundle, precision)
+    return EngineChoice(
+        _cpu().CpuEngine(bundle.model, threads, chosen, pin_threads=pin_threads), f"{because}; {chosen}: {why}"
+    )
 
 
 def make_float_engine(model: Model, device: DeviceChoice = "auto") -> Engine:
     """Make the float32 engine of a model that need not be calibrated. Raises EngineUnavailable."""
-    on_cuda, _ = _device(device)
+    on_cuda, _ = resolve_device(device)
     if on_cuda:
         from pipeline.engine_cuda import CudaEngine
 
         return CudaEngine(model)
-    from pipeline.engine_cpu import CpuEngine
+    engine: Engine = _cpu().CpuEngine(model)
+    return engine
 
-    return CpuEngine(model)
+
+def _cpu() -> Any:
+    try:
+        from pipeline import engine_cpu
+    except ImportError as error:
+        raise EngineUnavailable(f"the CPU engine needs OpenVINO ({error}): pip install openvino") from error
+    return engine_cpu
 
 
-def _device(wanted: DeviceChoice) -> tuple[bool, str]:
+def resolve_device(wanted: DeviceChoice) -> tuple[bool, str]:
     """Tell whether CUDA is to be used, and why. Raises EngineUnavailable."""
     missing = None if wanted == "cpu" else _why_no_cuda()
     if missing is not None and wanted == "cuda":
@@ -81,20 +88,20 @@ def _device(wanted: DeviceChoice) -> tuple[bool, str]:
     return missing is None, missing or "a CUDA device was found"
 
 
-def _precision(bundle: Bundle, wanted: PrecisionChoice) -> Precision:
-    from pipeline.engine_cpu import cpu_precisions
-
-    able = cpu_precisions()
+def _precision(bundle: Bundle, wanted: PrecisionChoice) -> tuple[Precision, str]:
+    able = _cpu().cpu_precisions()
+    calibrated = {n: f for n, f in bundle.precisions.items() if n != "int8" or bundle.model.ranges}
     if wanted == "auto":
-        fit = (name for name, found in bundle.precisions.items() if found.trusted and name in able)
-        return next(fit, "fp32")
+        fit = (name for name, found in calibrated.items() if found.trusted and name in able)
+        return next(fit, "fp32"), "the fastest here that the calibration trusts"
     if wanted not in able:
         raise EngineUnavailable(f"precision: {wanted} was asked for, but this processor has {', '.join(able)} only")
-    if wanted != "fp32" and wanted not in bundle.precisions:
+    if wanted != "fp32" and wanted not in calibrated:
         raise EngineUnavailable(
             f"precision: {wanted} was asked for, but the bundle is not calibrated for it; train anew, or take fp32"
         )
-    return wanted
+    trusted = wanted == "fp32" or calibrated[wanted].trusted
+    return wanted, "configured" if trusted else "configured, though the calibration does not trust it"
 
 
 def _why_no_cuda() -> str | None:

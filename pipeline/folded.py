@@ -25,7 +25,7 @@ class FoldedEfficientAD(nn.Module):
 
     @torch.no_grad()
     def __init__(self, networks: EfficientAD) -> None:
-        """Fold; the networks given stay as they are, and share the weights that do not change."""
+        """Fold. What does not change is shared with the networks given, which are set to inference."""
         super().__init__()
         self.geometry = networks.geometry
         self.teacher, teacher = _without_last(networks.teacher)

@@ -70,6 +70,11 @@ def build_observer(networks: FoldedEfficientAD) -> tuple[ov.Model, list[str]]:
     return ov.Model([op.concat(largest, 0)], [image], "observer"), list(builder.inputs)
 
 
+def convolution_names(networks: FoldedEfficientAD) -> list[str]:
+    """Name what `build_graph` wants a range of."""
+    return build_observer(networks)[1]
+
+
 class _Builder:
     def __init__(self, networks: FoldedEfficientAD, ranges: Ranges | None) -> None:
         self._networks = networks
@@ -149,14 +154,20 @@ def quantised_convolution(
         layer: whose stride and padding to take; None: 1 and 0.
     """
     largest = max(largest, _SMALLEST_RANGE)
-    positive = node.get_type_name() in ("Relu", "AvgPool", "Interpolate")
-    low = 0.0 if positive else -largest * (_LEVELS // 2) / (_LEVELS // 2 - 1)
+    low = 0.0 if _is_rectified(node) else -largest * (_LEVELS // 2) / (_LEVELS // 2 - 1)
     edges = [op.constant(np.float32(value)) for value in (low, largest, low, largest)]
     scale = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / _LARGEST_WEIGHT
     scale = np.maximum(scale, np.float32(_SMALLEST_RANGE))
     integers = np.round(weight / scale).astype(np.int8)
     rescaled = op.multiply(op.convert(op.constant(integers), np.float32), op.constant(scale))
     return _convolved(op.fake_quantize(node, *edges, _LEVELS), rescaled, layer)
+
+
+def _is_rectified(node: ov.Node) -> bool:
+    """Tell whether a node's values are never negative: averages and interpolations are where their input is."""
+    while node.get_type_name() in ("AvgPool", "Interpolate"):
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Relu")
 
 
 def _arrays(layer: nn.Conv2d) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:

@@ -6,7 +6,7 @@ The steps, in this order, the same in training and in every engine:
 2. dark frame and flat field: (raw − dark) × gain, rounded back to the format's integers;
 3. paint ignored pixels with one middle grey, so that what lies there cannot matter;
 4. demosaic bilinearly, with rounding, the outermost pixels copied from their inner neighbours;
-5. divide by the format's largest value and resize with antialiasing (`pipeline.resample`);
+5. resize with antialiasing (`pipeline.resample`) and divide by the format's largest value;
 6. subtract the ImageNet mean and divide by the ImageNet standard deviation; channels are R, G, B.
 
 `pipeline.preprocess_cuda` computes the same numbers in one kernel.
@@ -30,6 +30,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IGNORED_SHADE = 0.449
 """Share of the format's range painted over ignored pixels: the mean of IMAGENET_MEAN."""
 MAX_FLAT_FIELD_GAIN = 16.0
+_LARGE_SAMPLES = 1_000_000
+"""From so many samples on, averaging whole numbers row by row is faster than converting them all to float32."""
 
 _DEMOSAIC: dict[BayerPattern, int] = {
     "RGGB": cv2.COLOR_BayerRGGB2RGB,
@@ -231,7 +233,7 @@ class Preprocessor:
         pixels: NDArray[Any] = raw
         if fmt.bayer:
             pixels = demosaic(raw, shifted_pattern(fmt.bayer, area.x, area.y))
-        if pixels.shape[0] > self.spec.height:
+        if pixels.shape[0] > self.spec.height and pixels.size >= _LARGE_SAMPLES:
             pixels = shrink_rows(np.ascontiguousarray(pixels), self.spec.height)
         small = resize(pixels.astype(np.float32, copy=False), self.spec.width, self.spec.height)
         small = small * np.float32(1.0 / fmt.max_value)

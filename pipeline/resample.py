@@ -121,7 +121,7 @@ class _CoveredRows(NamedTuple):
     """The row before them, then the row after them, and their weights, (outputs, 1); left out where all are 0."""
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _covered_rows(inputs: int, outputs: int) -> _CoveredRows:
     table = axis_weights(inputs, outputs)
     weight = table.weights.max(axis=1, keepdims=True)
