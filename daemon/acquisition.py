@@ -152,12 +152,13 @@ class Acquisition:
         line = self._line
         failures = 0
         while not line.stop.is_set():
+            self.camera = self._next_camera() or self.camera
             if line.paused.is_set():
                 line.refuse_triggers("the line is paused")
                 self._pass_probe()
                 line.stop.wait(GRAB_TIMEOUT_S)
                 continue
-            failed: CameraError | None = None
+            failed = False
             try:
                 self._open()
                 failures, self.after_hang = 0, False
@@ -173,14 +174,16 @@ class Acquisition:
                 failures += 1
                 if self.after_hang and failures >= _REOPENS_AFTER_HANG:
                     raise
-                failed = error
+                self._tell_of(error)
+                failed = True
             finally:
+                # Said before closing, which may take its time with a camera that is gone.
+                if not self.ticket.revoked:
+                    line.state = replace(line.state, connected=False)
                 with self._driver():
                     self.camera.close()
-                line.state = replace(line.state, connected=False)
-            if failed is not None:
-                self._pause_after(failed)
-            self.camera = self._next_camera() or self.camera
+            if failed:
+                self._pause()
         line.end("the line is stopping")
 
     @contextmanager
@@ -315,15 +318,17 @@ class Acquisition:
         if entry is not None:
             self._line.ledger.settle(entry, Inspection(Outcome.INVALID, reason, why))
 
-    def _pause_after(self, error: CameraError) -> None:
-        line, pause_s = self._line, self._backoff.pause_s()
-        if line.state.error != str(error):  # said once, not at every try
+    def _tell_of(self, error: CameraError) -> None:
+        if self._line.state.error != str(error):  # said once, not at every try
             self._events.say(EventKind.CAMERA, "the camera failed", error=str(error))
-        line.state = replace(line.state, error=str(error))
+        self._line.state = replace(self._line.state, error=str(error))
+
+    def _pause(self) -> None:
+        line, pause_s = self._line, self._backoff.pause_s()
         self._log.info("camera will be reopened", in_s=round(pause_s, 3))
         deadline_s = time.monotonic() + pause_s
         while (left_s := deadline_s - time.monotonic()) > 0 and not line.paused.is_set():
-            line.refuse_triggers(str(error))
+            line.refuse_triggers(line.state.error or "the camera is away")
             self._pass_probe()
             if line.stop.wait(min(left_s, GRAB_TIMEOUT_S)):
                 return

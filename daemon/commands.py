@@ -109,6 +109,8 @@ class Commands:
             raise Refused("this camera is not triggered by command; set camera.trigger: command")
         if self._line.paused.is_set() or self._line.stop.is_set():
             raise Refused("the line is paused or stopping")
+        if self._line.ledger.is_full:
+            raise Refused("too many verdicts wait to be published")
 
         def number() -> Entry:
             fired = Frame(FrameStatus.PENDING, self._line.state.source or "")

@@ -57,6 +57,7 @@ class Record:
     score: float | None
     body: bytes
     """The verdict as published; replaced when it had to go out without waiting."""
+    submitted_ns: int = field(default_factory=time.monotonic_ns)
     _settled: threading.Event = field(default_factory=threading.Event)
     _written: bool = False
 
@@ -177,6 +178,7 @@ class Journal:
                 batch = []
                 self._trim(self._connection)
                 self._shorten_log(self._connection)
+                self._tell_that_it_works()
             except (sqlite3.Error, OSError) as error:
                 self._failed(error)
                 retry_s = time.monotonic() + _RETRY_S
@@ -209,6 +211,9 @@ class Journal:
             record.settle(True)
         self.written += len(batch)
         self._dirty.set()
+
+    def _tell_that_it_works(self) -> None:
+        """Say so once what failed or lagged works again; also in an idle time."""
         with self._changed:
             caught_up = not self._waiting
         if caught_up and (self.lagging or self.error):

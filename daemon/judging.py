@@ -61,7 +61,7 @@ class Judging:
         """Runs while the engine is made."""
         self.abandoned = False
         """The supervisor has replaced this generation, and its slots."""
-        self.ready: Future[Inspector] = Future()
+        self.ready: Future[None] = Future()
         """Done when the engine can judge; holds the exception when it could not be made."""
 
     def run(self) -> None:
@@ -73,7 +73,7 @@ class Judging:
         except BaseException as error:
             self.ready.set_exception(error)
             raise
-        self.ready.set_result(inspector)
+        self.ready.set_result(None)
         while True:
             item = self._frames.get()
             if isinstance(item, Grabbed):

@@ -67,6 +67,8 @@ class Entry:
     body: bytes | None = None
     """The verdict as it was journaled and sent."""
     sent: bool = False
+    draft: object = None
+    """What the publisher has written down of it, for a successor."""
 
     @property
     def sequence(self) -> int:
@@ -146,7 +148,7 @@ class Ledger:
             self._wake_publisher(entry)
             return True
 
-    def take(self, timeout_s: float, at_once: int = 1) -> list[Entry]:
+    def take(self, timeout_s: float, at_once: int) -> list[Entry]:
         """Return the oldest entry once it is settled or due, and those after it that are settled already.
 
         Entries are returned until `done` was called for them, so that a publisher's successor goes on where it
@@ -167,10 +169,11 @@ class Ledger:
                         wake_ns = min(wake_ns, entry.due_ns)
                         if now_ns >= entry.due_ns:
                             entry.inspection = Inspection(Outcome.INVALID, Reason.DEADLINE, "no result in time")
+                            at_once = 1  # it does not wait for those behind it
                     settled = itertools.takewhile(lambda one: one.inspection is not None, self._open)
                     found = list(itertools.islice(settled, at_once))
-                    for entry in found:
-                        entry.taken = True
+                    for one in found:
+                        one.taken = True
                     if found:
                         return found
                 if now_ns >= until_ns or (self._ended and not self._open):
@@ -206,6 +209,12 @@ class Ledger:
             for entry in self._open:
                 entry.inspection = entry.inspection or Inspection(Outcome.INVALID, reason, detail)
             self._changed.notify_all()
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether `open` would wait: the publisher does not keep up, or is not there."""
+        with self._changed:
+            return len(self._open) >= _CAPACITY
 
     @property
     def over(self) -> bool:

@@ -32,8 +32,13 @@ class Passing:
             self._not_given(sequence, "the verdict was late")
             return
         with self._changed:
-            lost, self._waiting = self._waiting, (sequence, time.monotonic_ns())
-            self._changed.notify()
+            ended, lost = self._ended, self._waiting
+            if not ended:
+                self._waiting = (sequence, time.monotonic_ns())
+                self._changed.notify()
+        if ended:
+            self._not_given(sequence, "the daemon is ending")
+            return
         if lost is not None:
             self._not_given(lost[0], "the pulse before it was not over")
 
@@ -52,9 +57,6 @@ class Passing:
             if waiting is None:
                 return
             sequence, asked_ns = waiting
-            if self._ended:
-                self._not_given(sequence, "the daemon is ending")
-                return
             if time.monotonic_ns() - asked_ns > _TOO_OLD_NS:
                 self._not_given(sequence, "it came too late")
                 continue

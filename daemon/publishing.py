@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import msgspec
 import structlog
@@ -40,9 +41,19 @@ _RECENT = 4096
 _FAIR_WAIT_NS = 1_000_000
 """A journal that was given less time than this is not called slow."""
 _AT_ONCE = 32
-"""Verdicts that one commit of the journal takes, when so many wait."""
+"""Verdicts that are handed to the journal together, when so many wait."""
 _LOOK_UP_S = 0.05
 """How often events and health are sent while no verdict is due."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A verdict that is written down."""
+
+    inspection: Inspection
+    latency: LatencyMessage
+    record: Record | None
+    """What the journal was given; None where there is none."""
 
 
 class Publishing:
@@ -136,12 +147,18 @@ class Publishing:
                 self._serve(verdicts, maps)
 
     def _serve(self, verdicts: Socket, maps: Socket) -> None:
+        at_once = 1  # after a failure, nothing is journaled ahead of what may fail again
         while not (self._ledger.over or self._rebind.is_set()):
-            # Those that wait already are journaled together: one commit costs as much as one verdict's own.
-            entries = self._ledger.take(_LOOK_UP_S, _AT_ONCE)
-            submitted = [self._submit(entry) for entry in entries]
-            for entry, (latency, record) in zip(entries, submitted, strict=True):
-                self._publish(entry, latency, record, verdicts, maps)
+            entries = self._ledger.take(_LOOK_UP_S, at_once)
+            submitted: list[tuple[Entry, Draft]] = []
+            try:
+                for entry in entries:
+                    submitted.append((entry, self._submit(entry)))
+            finally:  # one that cannot be written down must not hold back those before it
+                for entry, draft in submitted:
+                    self._publish(entry, draft, verdicts, maps)
+            # Those that wait already are journaled together: a commit of many costs as much as one verdict's own.
+            at_once = _AT_ONCE
             self._send_messages(verdicts)
             self.probe_seen = self._probe
         self._send_messages(verdicts)
@@ -150,12 +167,10 @@ class Publishing:
         for topic, message in self._outbox.take():
             verdicts.send_multipart([self._topic(topic), encode(message)])
 
-    def _publish(
-        self, entry: Entry, latency: LatencyMessage, record: Record | None, verdicts: Socket, maps: Socket
-    ) -> None:
-        inspection = _settled(entry)
+    def _publish(self, entry: Entry, draft: Draft, verdicts: Socket, maps: Socket) -> None:
+        inspection, latency = draft.inspection, draft.latency
         if entry.body is None:
-            entry.body = self._journaled(entry, latency, record)
+            entry.body = self._journaled(entry, draft)
         if not entry.sent:  # a predecessor of this thread may have failed after sending
             verdicts.send_multipart([self._topic("verdict"), entry.body])
             self._remember(entry)
@@ -179,12 +194,17 @@ class Publishing:
         with self._recent_lock:
             self._recent.append((entry.sequence, entry.body or b""))
 
-    def _submit(self, entry: Entry) -> tuple[LatencyMessage, Record | None]:
-        """Give the journal a verdict, with the latency that the verdict tells of."""
-        inspection = _settled(entry)
+    def _submit(self, entry: Entry) -> Draft:
+        """Write a verdict down and give it to the journal, unless this thread's predecessor has."""
+        if isinstance(entry.draft, Draft):
+            return entry.draft
+        inspection = entry.inspection
+        if inspection is None:
+            raise AssertionError("the ledger hands out settled entries")
         latency = self._latency(entry, inspection)
-        if self._journal is None or entry.body is not None:
-            return latency, None
+        if self._journal is None:
+            entry.draft = draft = Draft(inspection, latency, None)
+            return draft
         record = Record(
             entry.sequence,
             entry.frame.wall_ns,
@@ -194,22 +214,22 @@ class Publishing:
             inspection.score,
             encode(self._message(entry, inspection, latency, journaled=True)),
         )
+        entry.draft = draft = Draft(inspection, latency, record)
         self._journal.submit(record)
-        return latency, record
+        return draft
 
-    def _journaled(self, entry: Entry, latency: LatencyMessage, record: Record | None) -> bytes:
+    def _journaled(self, entry: Entry, draft: Draft) -> bytes:
         """Return the message, handed to the operating system if that is possible in time."""
-        journal, inspection = self._journal, _settled(entry)
+        journal, record, inspection, latency = self._journal, draft.record, draft.inspection, draft.latency
         if journal is None or record is None:
             return encode(self._message(entry, inspection, latency, journaled=False))
-        began_ns = time.monotonic_ns()
         wait_ns = self._journal_wait_ns
         if entry.due_ns is not None:
-            wait_ns = min(wait_ns, entry.due_ns + entry.margin_ns // 2 - began_ns)
+            wait_ns = min(wait_ns, entry.due_ns + entry.margin_ns // 2 - time.monotonic_ns())
         if record.wait(0.0 if journal.lagging else wait_ns / 1e9):
-            self._tally.committed((time.monotonic_ns() - began_ns) // 1000)
+            self._tally.committed((time.monotonic_ns() - record.submitted_ns) // 1000)
             return record.body
-        if wait_ns > _FAIR_WAIT_NS and not journal.lagging:
+        if wait_ns >= min(_FAIR_WAIT_NS, self._journal_wait_ns) > 0 and not journal.lagging:
             journal.lag()
         record.body = encode(self._message(entry, inspection, latency, journaled=False))
         return record.body
@@ -280,12 +300,6 @@ class Publishing:
     def _topic(self, kind: str) -> bytes:
         # Topics end with a slash, so that a filter for station1 does not match station10.
         return f"{kind}/{self._station}/".encode()
-
-
-def _settled(entry: Entry) -> Inspection:
-    if entry.inspection is None:
-        raise AssertionError("the ledger hands out settled entries")
-    return entry.inspection
 
 
 def _us(ns: int) -> int:

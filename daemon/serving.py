@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,6 +39,7 @@ _REPLAYS_AT_ONCE = 8
 _ANSWERS_AT_ONCE = 32
 _LAST_ANSWERS_S = 0.5
 """How long the sockets stay open, once they should close, for answers that are still to come."""
+_CLOSING = "the connection is closing, or the daemon is stopping; ask again"
 _READ_WITHIN_S = 0.1
 """ZeroMQ throws away what a client with ZMQ_IMMEDIATE has not read when its connection ends."""
 _ANSWERED_WITHIN_S = 300.0
@@ -144,24 +145,26 @@ class Serving:
         poller = zmq.Poller()
         poller.register(control, zmq.POLLIN)
         poller.register(replay, zmq.POLLIN)
-        leave_s: float | None = None
-        while not self._may_leave(leave_s):
-            if leave_s is None and (self._end.is_set() or self._rebind.is_set()):
-                leave_s = time.monotonic() + _LAST_ANSWERS_S
-            poller.poll(_BUSY_POLL_MS if self._streams or self._awaited or leave_s is not None else _POLL_MS)
+        while not (self._end.is_set() or self._rebind.is_set()):
+            poller.poll(_BUSY_POLL_MS if self._streams or self._awaited else _POLL_MS)
             for message in _received(control):
                 self._command(control, message)
             for message in _received(replay):
                 self._begin_replay(replay, message)
             self._send_answers(control)
             self._send_pieces(replay)
+        self._send_last_answers(control)
 
-    def _may_leave(self, leave_s: float | None) -> bool:
-        """Tell whether the sockets may close: whoever asked for the reload that brings us here has its answer."""
-        if leave_s is None:
-            return False
-        now_s = time.monotonic()
-        return now_s >= leave_s or (not self._awaited and now_s >= self._answered_s + _READ_WITHIN_S)
+    def _send_last_answers(self, control: Socket) -> None:
+        """Answer whoever waits, above all for the reload that brings us here; nothing more is taken in."""
+        wait([item.answer for item in self._awaited], _LAST_ANSWERS_S)
+        for item in self._awaited:
+            item.answer.cancel()
+        self._send_answers(control)
+        for item in self._awaited:  # what runs cannot be cancelled
+            self._reply(control, item.route, Reply(item.id, ok=False, error=_CLOSING))
+        self._awaited.clear()
+        time.sleep(max(0.0, self._answered_s + _READ_WITHIN_S - time.monotonic()))
 
     def _command(self, socket: Socket, message: list[bytes]) -> None:
         route, body = message[:-1], message[-1]
@@ -187,8 +190,9 @@ class Serving:
                 continue
             if not item.answer.done() or item.answer.cancelled():
                 item.answer.cancel()
-                gone = f"no answer within {_ANSWERED_WITHIN_S:g} s, or the daemon is stopping"
-                self._reply(socket, item.route, Reply(item.id, ok=False, error=gone))
+                gone = f"no answer within {_ANSWERED_WITHIN_S:g} s"
+                late = now_s >= item.until_s
+                self._reply(socket, item.route, Reply(item.id, ok=False, error=gone if late else _CLOSING))
             elif (error := item.answer.exception()) is not None:
                 self._reply(socket, item.route, Reply(item.id, ok=False, error=str(error)))
             else:

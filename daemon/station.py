@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import zmq
 
 from daemon.acquisition import Acquisition, Line
 from daemon.archive import Archive, Keep
-from daemon.channels import Channel, Grabbed, Probe, Swap
+from daemon.channels import Channel, Closed, Grabbed, Probe, Swap
 from daemon.commands import Commands
 from daemon.config import StationConfig, load_config
 from daemon.events import EventKind, Events, Outbox
@@ -551,12 +551,15 @@ class Station:
         except Exception as error:
             raise ReloadRefused(str(error)) from error
         swap = Swap(inspector)
-        self._line.send(swap)
-        wait([swap.done], self._config.supervision.hang_s)
-        if swap.done.cancel():  # or the engine has failed, and cancelled it
-            raise ReloadRefused("the engine does not take the new model now; try again")
+        try:
+            self._line.send(swap)
+            swap.done.result(self._config.supervision.hang_s)
+        except (CancelledError, TimeoutError, Closed) as error:
+            if swap.done.cancel():  # else the engine has just taken it
+                raise ReloadRefused("the engine does not take the new model now; try again") from error
         self._config, self._bundle = config, bundle
-        self._new_camera = camera
+        if camera is not None:  # else the one of an earlier reload may still wait to be taken
+            self._new_camera = camera
         if self._security.install(clients):
             self._publishing.rebind()
             self._serving.rebind()
@@ -589,14 +592,17 @@ class Station:
     def _tear_down(self) -> None:
         self._notifier.send("STOPPING=1")
         self._line.stop.set()
+        self._line.triggers.close()
+        if "acquisition" in self._workers:  # nothing is numbered any more
+            self._ledger.revoke(self._acquisition.ticket)
         self._ledger.give_up(Reason.ENGINE, "the daemon is ending")
-        deadline_s = time.monotonic() + _TEARDOWN_S
         self._line.frames.close()
         self._archive.refuse_snapshots()
         self._serving.end()
-        self._passing.end()
         if "publisher" in self._workers:  # it still hands verdicts to the journal
             self._workers["publisher"].join(_TEARDOWN_S)
+        self._passing.end()
+        deadline_s = time.monotonic() + _TEARDOWN_S
         self._archive.close()
         if self._journal is not None:
             self._journal.close()

@@ -130,6 +130,8 @@ class ReplayCamera:
         """List the files; a reopened replay goes on where it was."""
         path = Path(self._options.path)
         if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+            if _readable(str(path)) != str(path):
+                raise CameraError(f"{_readable(str(path.absolute()))}: a video's name must be UTF-8; rename it")
             probe = cv2.VideoCapture(str(path))
             opened = probe.isOpened()
             probe.release()

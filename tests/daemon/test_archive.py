@@ -92,7 +92,7 @@ def setup(tmp_path):
                 ledger.settle(entry, inspection)
             archive.look(entry, image, inspection)
             ledger.give_up(Reason.DEADLINE, "late")
-            (taken,) = ledger.take(0)
+            (taken,) = ledger.take(0, 1)
             taken.body = json.dumps(
                 {"verdict": taken.inspection.outcome.value, "sequence": entry.sequence}
             ).encode()

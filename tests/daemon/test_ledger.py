@@ -40,26 +40,26 @@ def test_a_settled_entry_waits_for_those_before_it(ledger):
     first, second = ledger.open(ticket, frame()), ledger.open(ticket, frame())
     assert (first.sequence, second.sequence) == (1, 2)
     assert ledger.settle(second, OK)
-    assert ledger.take(0) == [], "the first has no result yet"
+    assert ledger.take(0, 1) == [], "the first has no result yet"
     assert ledger.settle(first, OK)
     for entry in (first, second):
-        assert ledger.take(0) == [entry]
+        assert ledger.take(0, 1) == [entry]
         ledger.done(entry, None)
-    assert ledger.take(0) == []
+    assert ledger.take(0, 1) == []
 
 
 def test_an_entry_is_settled_once(ledger):
     entry = ledger.open(Ticket(), frame())
     assert ledger.settle(entry, OK)
     assert not ledger.settle(entry, Inspection(Outcome.NG, score=9.0))
-    assert ledger.take(0)[0].inspection is OK
+    assert ledger.take(0, 1)[0].inspection is OK
 
 
 def test_the_same_entry_is_handed_out_until_it_is_done(ledger):
     entry = ledger.open(Ticket(), frame())
     ledger.settle(entry, OK)
-    assert ledger.take(0) == [entry]
-    assert ledger.take(0) == [entry], "the publisher's successor goes on with it"
+    assert ledger.take(0, 1) == [entry]
+    assert ledger.take(0, 1) == [entry], "the publisher's successor goes on with it"
     ledger.done(entry, None)
     with pytest.raises(AssertionError):
         ledger.done(entry, None)
@@ -69,7 +69,7 @@ def test_an_entry_that_is_due_becomes_invalid_and_what_comes_then_is_late(ledger
     with_deadline(ledger, 1000)
     entry = ledger.open(Ticket(), frame(time.monotonic_ns() - 2_000_000_000))
     assert entry.is_late()
-    (taken,) = ledger.take(0)
+    (taken,) = ledger.take(0, 1)
     assert taken is entry
     assert (taken.inspection.outcome, taken.inspection.reason) == (Outcome.INVALID, Reason.DEADLINE)
     assert not ledger.settle(entry, OK)
@@ -79,7 +79,7 @@ def test_a_taker_wakes_for_the_deadline_by_itself(ledger):
     with_deadline(ledger, 50)
     entry = ledger.open(Ticket(), frame())
     began_ns = time.monotonic_ns()
-    (taken,) = ledger.take(60)
+    (taken,) = ledger.take(60, 1)
     assert taken is entry
     assert taken.inspection.reason is Reason.DEADLINE
     assert time.monotonic_ns() >= entry.due_ns
@@ -92,7 +92,7 @@ def test_a_settled_entry_is_not_late_however_long_it_waits(ledger):
     ledger.settle(entry, OK)
     while time.monotonic_ns() < entry.due_ns:
         pass
-    assert ledger.take(0)[0].inspection is OK
+    assert ledger.take(0, 1)[0].inspection is OK
 
 
 def test_a_trigger_is_filled_with_its_frame_unless_its_verdict_is_out(ledger):
@@ -104,8 +104,8 @@ def test_a_trigger_is_filled_with_its_frame_unless_its_verdict_is_out(ledger):
     with_deadline(ledger, 1)
     late = ledger.open(ticket, Frame(FrameStatus.PENDING, "s", arrived_ns=0))
     ledger.settle(entry, OK)
-    ledger.done(*ledger.take(0), None)
-    assert ledger.take(0) == [late]
+    ledger.done(*ledger.take(0, 1), None)
+    assert ledger.take(0, 1) == [late]
     assert not ledger.fill(late, frame())
 
 

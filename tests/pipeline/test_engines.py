@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pipeline import engine_cpu
 from pipeline.bundle import Bundle, Model, PrecisionCalibration, read_bundle
@@ -95,6 +96,21 @@ def test_what_comes_after_the_differences_is_not_cut_off_in_integers(rng):
     (st, ae), (wanted_st, wanted_ae) = CpuEngine(wrong, 2, "int8").infer(image), maps_by_torch(networks, image)
     np.testing.assert_allclose(st, wanted_st, rtol=0.02)
     np.testing.assert_allclose(ae, wanted_ae, rtol=0.02)
+
+
+@pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
+def test_integers_keep_the_signs_of_the_autoencoders_bottleneck(rng):
+    """No ReLU follows the bottleneck, and only the interpolation after it stands before the next convolution."""
+    networks = seeded_model()
+    for layer in networks.autoencoder:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)  # a living autoencoder, unlike one of small random weights
+    image = random_image(rng, networks.geometry)
+    model = model_of(networks)
+    model = replace(model, ranges=observe_ranges(model, [image]))
+    _, ours = CpuEngine(model, 2, "int8").infer(image)
+    _, wanted = maps_by_torch(networks, image)
+    assert np.sqrt(np.mean((ours - wanted) ** 2)) < 0.05 * np.sqrt(np.mean(wanted**2))
 
 
 def test_pinned_threads_compute_the_same(rng):

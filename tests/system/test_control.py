@@ -308,6 +308,24 @@ def test_sighup_reloads_and_takes_another_camera(line):
     assert bench.sequences() == list(range(1, len(bench.verdicts) + 1))
 
 
+def test_a_camera_that_a_reload_brought_is_not_forgotten_by_the_next(line):
+    bench = line({**SYNTHETIC, "rate_fps": 20}).start()
+    bench.receive_until(lambda: len(bench.verdicts) >= 3)
+    with control_of(bench) as control:
+        control.request("pause")
+        other = {**SYNTHETIC, "rate_fps": 20, "width": 128}
+        for changes in ({}, {"threshold": 77.0}):  # the second one comes before the camera was taken
+            bench.path.write_text(json.dumps({**bench.config, "camera": other, **changes}))
+            control.request("reload")
+        bench.receive_until(lambda: not bench.receive(0.5))  # what was in flight
+        paused_at = len(bench.verdicts)
+        control.request("resume")
+    bench.receive_until(lambda: len(bench.verdicts) >= paused_at + 3)
+    assert next(v["frame"]["width"] for v in bench.verdicts[paused_at:]) == 128, "not one frame of the old one"
+    assert bench.verdicts[-1]["threshold"] == 77.0
+    bench.stop()
+
+
 # Keys
 
 

@@ -400,4 +400,7 @@ def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny
     assert summary.totals.in_flight == 0
     assert seen == sorted(set(seen)), "none twice, in order"
 
-    assert [sequence for sequence, _ in read_journal(config.journal_path(), Query())] == list(range(1, 31))
+    journaled = [json.loads(body) for _, body in read_journal(config.journal_path(), Query())]
+    assert [verdict["sequence"] for verdict in journaled] == list(range(1, 31))
+    known = {verdict["sequence"]: verdict for verdict in journaled}
+    assert all(verdict == known[verdict["sequence"]] for verdict in heard["verdict"]), "sent as it was journaled"
