@@ -14,7 +14,7 @@ import structlog
 from daemon.messages import EVENT_SCHEMA, EventMessage, rfc3339
 
 _WAITING = 1000
-"""Messages that may wait for the publisher; the oldest make room, which is counted."""
+"""Messages that may wait for the publisher; the oldest make room: events stand in the log, too."""
 
 
 class EventKind(StrEnum):
