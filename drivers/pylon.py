@@ -376,10 +376,11 @@ class PylonCamera:
     def close(self) -> None:
         """Stop grabbing and close the device, whatever state it is in."""
         camera, self._camera = self._camera, None
-        self._pass_line = None
+        line, self._pass_line = self._pass_line, None
         if camera is None:
             return
-        for step in (self._release, camera.StopGrabbing, camera.Close, camera.DestroyDevice):
+        end_passing = [] if line is None else [line.close]
+        for step in (*end_passing, self._release, camera.StopGrabbing, camera.Close, camera.DestroyDevice):
             # A device that is gone refuses each step of its own closing; the next steps still matter.
             with contextlib.suppress(self._genicam.GenericException):
                 step()

@@ -5,12 +5,15 @@ Cable break, power loss, a dead daemon and every verdict but OK all look the sam
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import Field
 
-from drivers.camera import Options
+from drivers.camera import CameraLost, Options
 
 _SIGNAL = "SoftwareSignal1"
 
@@ -24,7 +27,9 @@ class PassOutput(Options):
 
 
 class PassLine:
-    """The output line of one open camera. Called by one thread, another one than grabs.
+    """The output line of one open camera: one thread gives its pulses, the one that grabs closes it.
+
+    The SDK ends the process when a feature of a destroyed device is touched, so nothing is after `close`.
 
     Where the camera has software signals, its own timer ends the pulse, so that it cannot stay on whatever happens
     to this process. Elsewhere this process ends it: killed within a pulse, it leaves the line on until the
@@ -34,6 +39,8 @@ class PassLine:
     def __init__(self, camera: Any, options: PassOutput) -> None:
         """Set the line up, switched off. Raises GenericException for what the camera refuses."""
         self._camera, self._options = camera, options
+        self._in_use = threading.Lock()
+        self._closed = False
         from pypylon import genicam
 
         signal = camera.GetNodeMap().GetNode("SoftwareSignalPulse")
@@ -52,15 +59,35 @@ class PassLine:
             camera.LineSource.Value = options.user_output
 
     def pulse(self) -> None:
-        """Energise the line for its pulse; returns when it is over, or at once where the camera times it."""
+        """Energise the line for its pulse; returns when it is over, or at once where the camera times it.
+
+        Raises CameraLost where the camera was closed before its end.
+        """
         if self.timed_by_camera:
-            self._camera.SoftwareSignalPulse.Execute()
+            with self._using():
+                self._camera.SoftwareSignalPulse.Execute()
             return
         try:
-            self._set(True)
+            with self._using():
+                self._set(True)
             time.sleep(self._options.pulse_ms / 1000)
         finally:
-            self._set(False)
+            with self._using():
+                self._set(False)
+
+    def close(self) -> None:
+        """Switch the line off and leave the camera alone from now on. Raises GenericException where it is gone."""
+        with self._using():
+            self._closed = True
+            if not self.timed_by_camera:
+                self._set(False)
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        with self._in_use:
+            if self._closed:
+                raise CameraLost("the camera was closed")
+            yield
 
     def _set(self, on: bool) -> None:
         self._camera.UserOutputValue.Value = on

@@ -11,7 +11,7 @@ from drivers.camera import CameraError, CameraLost, DriverMissing, EndOfStream, 
 from drivers.counter import BlockIdCounter
 from drivers.frame import FrameStatus, PixelFormat
 from drivers.pylon import PylonCamera, PylonOptions
-from drivers.pylon_output import PassOutput
+from drivers.pylon_output import PassLine, PassOutput
 
 pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
 
@@ -240,3 +240,28 @@ def test_the_output_line_is_energised_for_one_pulse_and_never_latched(opened):
     camera.close()
     with pytest.raises(CameraLost, match="away"):
         camera.signal_pass()
+
+
+def test_closing_ends_a_pulse_and_nothing_touches_the_device_after_it(opened, monkeypatch):
+    camera = opened(pass_output={"line": "Line3", "pulse_ms": 300})
+    device, line, switched, lost = camera._camera, camera._pass_line, [], []
+    switch = PassLine._set
+    monkeypatch.setattr(PassLine, "_set", lambda self, on: (switch(self, on), switched.append(on)))
+
+    def pulse():
+        try:
+            camera.signal_pass()
+        except CameraLost as error:
+            lost.append(str(error))
+
+    signal = threading.Thread(target=pulse)
+    signal.start()
+    while not device.UserOutputValue.Value:
+        pass
+    camera.close()
+    assert switched == [True, False], "switched off before the device went"
+    signal.join()
+    assert lost == ["the camera was closed"]
+    with pytest.raises(CameraLost, match="closed"):
+        line.pulse()  # asked for just before the camera went
+    assert switched == [True, False]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import threading
 
 import pytest
@@ -132,16 +131,12 @@ def test_the_daemon_lives_while_the_camera_is_away_and_says_so(line):
 
 @pytest.mark.parametrize("threshold", [1e9, -1.0])
 def test_only_ok_parts_get_a_pass_pulse(tiny_bundle, tmp_path, threshold):
-    pulses, levels = [], []
-
-    from pypylon import genicam
+    pulses = []
 
     class Spied(PylonCamera):
         def signal_pass(self):
             super().signal_pass()
             pulses.append(self)
-            with contextlib.suppress(AttributeError, genicam.GenericException):  # closed in between
-                levels.append(self._camera.UserOutputValue.Value)
 
     options = PylonOptions(**{**EMULATED, "frames": 8, "pass_output": {"line": "Line3", "pulse_ms": 1}})
     config = StationConfig(
@@ -160,4 +155,3 @@ def test_only_ok_parts_get_a_pass_pulse(tiny_bundle, tmp_path, threshold):
     missed = station.events.counts().get("camera", 0)  # the stream's end may close the camera before the last pulse
     assert len(pulses) + missed == summary.totals.ok
     assert (len(pulses) > 0) == (threshold > 0)
-    assert not any(levels), "switched off again after each"
