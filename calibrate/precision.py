@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import cv2
@@ -71,33 +71,32 @@ def calibrate_precisions(
 
     seen = observe_ranges(bundle.model, itertools.chain(good(), anomalies()))
     model = replace(bundle.model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
-    autoencoder = bundle.quantiles.ae_a is not None
-    wanted = np.empty(0)
-    found: dict[Precision, PrecisionCalibration] = {}
-    for precision in sorted(cpu_precisions(), key=lambda name: name != "fp32"):
+    on_anomalies, infer_ms = _timed_maps(CpuEngine(model), anomalies())
+    wanted = score_maps([*maps, *on_anomalies], scorer, bundle.quantiles)
+    found: dict[Precision, PrecisionCalibration] = {
+        "fp32": PrecisionCalibration(bundle.quantiles, bundle.threshold, 0.0, infer_ms)
+    }
+    for precision in cpu_precisions():
+        if precision == "fp32":
+            continue
         engine = CpuEngine(model, precision=precision)
-        engine.warm_up()
-        took_ms: list[float] = []
-        on_anomalies = [_raw_maps(engine, image, took_ms) for image in anomalies()]
-        if precision == "fp32":
-            on_good, quantiles, threshold = list(maps), bundle.quantiles, bundle.threshold
-        else:
-            on_good = [_raw_maps(engine, held_out[index], took_ms) for index in range(len(held_out))]
-            try:
-                quantiles = map_quantiles(on_good, scorer, options.quantile_levels, autoencoder=autoencoder)
-            except DatasetError as error:
-                say(f"{precision} is left out: {error}")
-                continue
-        scores = score_maps([*on_good, *on_anomalies], scorer, quantiles)
-        if precision == "fp32":
-            wanted = scores
-        else:
-            threshold = choose_threshold(scores[: len(on_good)], options.false_reject_rate).value
+        everything = itertools.chain((held_out[index] for index in range(len(held_out))), anomalies())
+        ours, infer_ms = _timed_maps(engine, everything)
+        on_good = ours[: len(held_out)]
+        try:
+            quantiles = map_quantiles(
+                on_good, scorer, options.quantile_levels, autoencoder=bundle.quantiles.ae_a is not None
+            )
+        except DatasetError as error:
+            say(f"{precision} is left out: {error}")
+            continue
+        scores = score_maps(ours, scorer, quantiles)
+        threshold = choose_threshold(scores[: len(on_good)], options.false_reject_rate).value
         deviation = _largest_deviation(scores, wanted)
         if not np.isfinite(deviation):
             say(f"{precision} is left out: its scores are not finite")
             continue
-        found[precision] = PrecisionCalibration(quantiles, threshold, deviation, statistics.median(took_ms))
+        found[precision] = PrecisionCalibration(quantiles, threshold, deviation, infer_ms)
     fastest_first = sorted(found.items(), key=lambda item: item[1].infer_ms)
     return replace(bundle, model=model, precisions=dict(fastest_first))
 
@@ -118,7 +117,7 @@ def check_precision(bundle: Bundle, engine: CpuEngine, image: Prepared, scorer: 
     images = [image, *(paste_anomaly(image, rng) for _ in range(_CHECKED))]
     scores = []
     for side in (CpuEngine(bundle.model), engine):
-        maps = [_raw_maps(side, each, []) for each in images]
+        maps, _ = _timed_maps(side, images)
         scores.append(score_maps(maps, scorer, bundle.at(side.precision).quantiles))
     return _largest_deviation(scores[1], scores[0])
 
@@ -127,12 +126,15 @@ def _largest_deviation(scores: NDArray[np.float64], wanted: NDArray[np.float64])
     return float((np.abs(scores - wanted) / (TOLERATED + TOLERATED_SHARE * np.abs(wanted))).max())
 
 
-def _raw_maps(engine: CpuEngine, image: Prepared, took_ms: list[float]) -> RawMaps:
-    began_ns = time.perf_counter_ns()
-    st, ae = engine.infer(image)
-    took_ns = time.perf_counter_ns() - began_ns
-    took_ms.append(took_ns / 1e6)
-    return RawMaps(st, ae, 0, took_ns)
+def _timed_maps(engine: CpuEngine, images: Iterable[Prepared]) -> tuple[list[RawMaps], float]:
+    """Return the raw maps of images, and the median time that one took, ms."""
+    engine.warm_up()
+    maps = []
+    for image in images:
+        began_ns = time.perf_counter_ns()
+        st, ae = engine.infer(image)
+        maps.append(RawMaps(st, ae, preprocess_ns=0, infer_ns=time.perf_counter_ns() - began_ns))
+    return maps, statistics.median(found.infer_ns for found in maps) / 1e6
 
 
 def paste_anomaly(image: Prepared, rng: np.random.Generator) -> Prepared:

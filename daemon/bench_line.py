@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,6 +28,7 @@ from daemon.config import StationConfig, load_config
 from daemon.log import configure_logging
 from daemon.ports import free_ports
 from daemon.station import Station
+from daemon.tally import spread
 from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
@@ -255,11 +256,8 @@ def _stages(latencies: list[dict[str, int]]) -> dict[str, dict[str, float]]:
     columns["publish"] = total - sum(columns.values())
     columns["overhead"] = np.asarray(sum(columns[name] for name in _NOT_ENGINE))
     columns["total"] = total
-    found = {}
-    for name, values in columns.items():
-        p50, p95, p99, top = np.percentile(values, (50, 95, 99, 100))
-        found[name] = {"p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99), "max_ms": float(top)}
-    return found
+    names = ("p50_ms", "p95_ms", "p99_ms", "max_ms")
+    return {stage: dict(zip(names, spread(values), strict=True)) for stage, values in columns.items()}
 
 
 def bench_pipeline(
@@ -269,7 +267,7 @@ def bench_pipeline(
 
     Args:
         folder: for what stations write.
-        config: of the station; its camera is played back from memory.
+        config: of the station, its device decided; its camera is played back from memory.
         loads_fps: None: half of the saturated rate.
         frames: measured at each load.
 
@@ -284,7 +282,7 @@ def bench_pipeline(
         loaded = {**config, **_QUIET, "camera": camera, "on_overload": "invalid"}
         with bench_station(folder / f"at {load_fps:g}", loaded, "--playback") as station:
             results.append(_result(station.measure(frames, warm_up), load_fps))
-    return {"machine": describe_machine(), "results": [*results, _result(saturated, None)]}
+    return {"machine": describe_machine(config["device"]), "results": [*results, _result(saturated, None)]}
 
 
 def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames: int) -> dict[str, Any]:
@@ -319,7 +317,7 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
 
 
 def bench_scaling(
-    folder: Path, model: str, sizes_px: list[tuple[int, ...]], stations: int, seconds: float, frames: int
+    folder: Path, model: str, sizes_px: list[tuple[int, int]], stations: int, seconds: float, frames: int
 ) -> dict[str, Any]:
     """Measure image sizes with and without tiles, then one to several stations at once, each saturated.
 
@@ -383,10 +381,11 @@ def run_bench_station(
     configure_logging()
     with clear_errors():
         settings = load_config(config)
-        engine_for: Callable[[Bundle], EngineChoice] | None = None
-        if null_engine:
-            engine_for = lambda bundle: EngineChoice(NullEngine(bundle), "bench")  # noqa: E731
-        station = Station(settings, camera_for=_played_back if playback else None, engine_for=engine_for)
+        station = Station(
+            settings,
+            camera_for=_played_back if playback else None,
+            engine_for=_null_engine if null_engine else StationConfig.make_engine,
+        )
         signal.signal(signal.SIGTERM, lambda _number, _frame: station.stop())
         threading.Thread(target=_stop_without_parent, args=(station,), daemon=True).start()
         typer.echo(station.run())
@@ -396,6 +395,10 @@ def _stop_without_parent(station: Station) -> None:
     """Wait for the end of standard input: the bench is over, however it ended."""
     sys.stdin.read()
     station.stop()
+
+
+def _null_engine(_settings: StationConfig, bundle: Bundle) -> EngineChoice:
+    return EngineChoice(NullEngine(bundle), "bench")
 
 
 def _played_back(settings: StationConfig) -> Camera:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import typer
 
@@ -16,16 +16,16 @@ class Files(NamedTuple):
     """Where results go beside the terminal; None: nowhere."""
 
     json: Path | None
-    plot: Path | None = None
+    plot: Path | None
 
-    def check(self) -> None:
+    @classmethod
+    def checked(cls, json: Path | None, plot: Path | None = None) -> Self:
         """Say before the work, not after it, that a file cannot be written. Raises typer.BadParameter."""
-        if self.json is not None:
-            check_file(self.json, "--json")
-        if self.plot is not None:
-            check_file(self.plot, "--plot")
-            if self.plot.suffix.lower() != ".png":
-                raise typer.BadParameter(f"{self.plot.name} does not end in .png", param_hint="--plot")
+        check_file(json, "--json")
+        check_file(plot, "--plot")
+        if plot is not None and plot.suffix.lower() != ".png":
+            raise typer.BadParameter(f"{plot.name} does not end in .png", param_hint="--plot")
+        return cls(json, plot)
 
 
 class Bars(NamedTuple):

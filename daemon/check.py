@@ -11,7 +11,6 @@ from drivers.catalog import make_camera
 from drivers.frame import Frame
 from pipeline.bundle import Bundle, read_bundle
 from pipeline.engine import Engine
-from pipeline.engines import make_engine
 from pipeline.inspect import Inspector
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer
@@ -36,7 +35,7 @@ def check_station(config: StationConfig) -> Iterator[str]:
         f"map {g.map_width}x{g.map_height}, tiles {g.tile_rows}x{g.tile_columns}, "
         f"model {bundle.model_id}"
     )
-    choice = make_engine(bundle, config.device, config.threads, config.precision, pin_threads=config.pin_threads)
+    choice = config.make_engine(bundle)
     engine = choice.engine
     engine.warm_up()
     yield f"engine: {engine.device}, {engine.precision} ({choice.because})"

@@ -10,11 +10,10 @@ import typer
 
 from daemon.bench_output import Bars, Files, show
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import numbers, one_of
+from daemon.cli_options import DeviceOption, EnginePrecisionOption, engine_words, one_of, pair
 
 _DRAWN_PARTS = 24
 _SIZES = ("small", "medium")
-_PRECISIONS = ("fp32", "bf16", "int8")
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="write the results to this file")]
 PlotOption = Annotated[Path | None, typer.Option(help="draw a summary into this PNG")]
@@ -46,20 +45,20 @@ def engine(
     with clear_errors():
         from daemon.bench_engine import Side, bench_engine
         from daemon.progress import ConsoleListener
+        from pipeline.engine_cpu import cpu_precisions
         from pipeline.engines import resolve_device
         from pipeline.geometry import Geometry
 
-        files = Files(json_file, plot)
-        files.check()
+        files = Files.checked(json_file, plot)
         sizes = [one_of(each, "--size", *_SIZES) for each in size or _SIZES]
         on_cuda, _ = resolve_device(one_of(device, "--device", "cpu", "cuda"))  # type: ignore[arg-type]
-        width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
-        rows, columns = numbers(tiles, r"(\d+)x(\d+)", "--tiles", "2x2")
+        width, height = pair(image_size, "--image-size", "512x512")
+        rows, columns = pair(tiles, "--tiles", "2x2")
         geometry = Geometry(width, height, tile_rows=rows, tile_columns=columns)
         sides = []
         for each in sizes:
             engines: list[tuple[str, str]] = [("reference", "fp32")]
-            engines += [("cuda", "fp32")] if on_cuda else [("cpu", precision) for precision in _able()]
+            engines += [("cuda", "fp32")] if on_cuda else [("cpu", precision) for precision in cpu_precisions()]
             sides += [
                 Side(name, precision, each, geometry, threads, device)  # type: ignore[arg-type]
                 for name, precision in engines
@@ -91,8 +90,8 @@ def pipeline(
         list[float] | None, typer.Option(help="frames a second; repeatable; none: half of what saturates it")
     ] = None,
     frames: Annotated[int, typer.Option(min=10, help="measured at each load, after a tenth more")] = 300,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or int8")] = "auto",
+    device: DeviceOption = "auto",
+    precision: EnginePrecisionOption = "auto",
     threads: ThreadsOption = None,
     json_file: JsonOption = None,
     plot: PlotOption = None,
@@ -103,9 +102,8 @@ def pipeline(
         from drivers.frame import PixelFormat
         from pipeline.engines import resolve_device
 
-        files = Files(json_file, plot)
-        files.check()
-        width, height = numbers(camera_size, r"(\d+)x(\d+)", "--camera-size", "2448x2048")
+        files = Files.checked(json_file, plot)
+        width, height = pair(camera_size, "--camera-size", "2448x2048")
         formats = [each.value for each in PixelFormat]
         camera = {
             "driver": "synthetic",
@@ -115,12 +113,13 @@ def pipeline(
         }
         if not (64 <= width <= 8192 and 64 <= height <= 8192):
             raise typer.BadParameter("sides of 64 to 8192 px", param_hint="--camera-size")
-        resolve_device(one_of(device, "--device", "auto", "cpu", "cuda"))  # type: ignore[arg-type]
+        chosen, _ = engine_words(device, precision)
+        on_cuda, _ = resolve_device(chosen)
         config = {
             "camera": camera,
             "model": str(model or _quick_model(Path(folder), 256)),
-            "device": device,
-            "precision": one_of(precision, "--precision", "auto", *_PRECISIONS),
+            "device": "cuda" if on_cuda else "cpu",
+            "precision": precision,
             **({} if threads is None else {"threads": threads}),
         }
         found = bench_pipeline(Path(folder), config, load_fps, frames)
@@ -137,10 +136,9 @@ def ingest(
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         from daemon.bench_line import bench_ingest, need_pylon
 
-        files = Files(json_file, plot)
-        files.check()
+        files = Files.checked(json_file, plot)
         need_pylon()
-        width, height = numbers(camera_size, r"(\d+)x(\d+)", "--camera-size", "1920x1200")
+        width, height = pair(camera_size, "--camera-size", "1920x1200")
         found = bench_ingest(Path(folder), str(_quick_model(Path(folder), 64)), width, height, frames)
         show(found, _LINE_COLUMNS, files, _stage_bars("Without an engine", found["results"]))
 
@@ -159,11 +157,9 @@ def scaling(
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         from daemon.bench_line import bench_scaling
 
-        files = Files(json_file, plot)
-        files.check()
+        files = Files.checked(json_file, plot)
         pixels = [
-            tuple(numbers(each, r"(\d+)x(\d+)", "--image-size", "512x512"))
-            for each in image_size or ["256x256", "512x512", "1024x1024"]
+            pair(each, "--image-size", "512x512") for each in image_size or ["256x256", "512x512", "1024x1024"]
         ]
         model = str(_quick_model(Path(folder), 256)) if stations else ""
         found = bench_scaling(Path(folder), model, pixels, stations, seconds, frames)
@@ -195,19 +191,13 @@ def _stage_bars(title: str, results: list[dict[str, Any]]) -> Bars:
     return Bars(title, "median, ms", stages, series)
 
 
-def _able() -> list[str]:
-    from pipeline.engine_cpu import cpu_precisions
-
-    return list(cpu_precisions())
-
-
 def train(
     dataset: Annotated[Path | None, typer.Argument(help="good images; none: parts of the simulated line")] = None,
     size: Annotated[str, typer.Option(help="small or medium")] = "small",
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the network's input, px")] = "256x256",
     steps: Annotated[int, typer.Option(min=1, help="steps a side in each of five rounds")] = 8,
     precision: Annotated[str, typer.Option(help="of inspectord's side: auto, fp32 or bf16")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Compare training steps per second with a straightforward implementation of the published recipe."""
@@ -218,9 +208,8 @@ def train(
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
-        files = Files(json_file)
-        files.check()
-        width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
+        files = Files.checked(json_file)
+        width, height = pair(image_size, "--image-size", "512x512")
         if dataset is None:
             dataset = _draw_parts(Path(folder))
         options = TrainOptions(
@@ -255,8 +244,7 @@ def soak(
     from daemon.soak import SoakFailed, SoakLine
     from daemon.soak import soak as run_soak
 
-    files = Files(json_file)
-    files.check()
+    files = Files.checked(json_file)
     if minutes is None and frames is None:
         minutes = 2.0
     with clear_errors(), tempfile.TemporaryDirectory() as folder:

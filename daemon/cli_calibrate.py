@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import area, check_file, numbers, one_of
+from daemon.cli_options import DeviceOption, EnginePrecisionOption, area, check_file, engine_words, one_of, pair
 
 if TYPE_CHECKING:
     from calibrate.evaluate import Evaluation
@@ -69,7 +69,7 @@ def train(
             help="always use the autoencoder's map, or do not train that branch; unsaid: use it if it learnt"
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
     cache_mib: Annotated[
         int, typer.Option(min=0, help="memory for prepared images and the teacher's features")
@@ -89,8 +89,8 @@ def train(
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
-        width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
-        rows, columns = numbers(tiles, r"(\d+)x(\d+)", "--tiles", "2x3")
+        width, height = pair(image_size, "--image-size", "512x512")
+        rows, columns = pair(tiles, "--tiles", "2x3")
         if quantile_a >= quantile_b:
             raise typer.BadParameter(f"must lie above --quantile-a {quantile_a}", param_hint="--quantile-b")
         one_of(preset, "--preset", *PRESETS)
@@ -150,8 +150,8 @@ def evaluate(
     dataset: Annotated[Path, typer.Argument(help="MVTec AD, MVTec LOCO, VisA, MTD, or good/ beside other kinds")],
     json_file: Annotated[Path | None, typer.Option("--json", help="write all metrics to this file")] = None,
     report: Annotated[Path | None, typer.Option(help="write an HTML report with pictures into this folder")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    precision: Annotated[str, typer.Option(help="of the CPU engine: auto, fp32, bf16 or int8")] = "auto",
+    device: DeviceOption = "auto",
+    precision: EnginePrecisionOption = "auto",
 ) -> None:
     """Score a test set: image and pixel metrics, each kind of defect, rejects and escapes at the threshold."""
     with clear_errors():
@@ -160,8 +160,7 @@ def evaluate(
         from daemon.progress import ConsoleListener
         from pipeline.bundle import read_bundle, write_atomically
 
-        chosen = one_of(device, "--device", "auto", "cpu", "cuda")
-        one_of(precision, "--precision", "auto", "fp32", "bf16", "int8")
+        engine = engine_words(device, precision)
         loaded = read_bundle(bundle)
         check_file(json_file, "--json")
         if report is not None:
@@ -173,7 +172,7 @@ def evaluate(
                 if listener.should_stop():
                     raise KeyboardInterrupt
 
-            result = evaluate_bundle(loaded, dataset, chosen, precision, on_image)  # type: ignore[arg-type]
+            result = evaluate_bundle(loaded, dataset, *engine, on_image)
         _print_evaluation(result)
         if json_file is not None:
             text = json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from daemon.cli_errors import EXIT_FAILED, clear_errors
-from daemon.cli_options import ConfigOption, one_of
+from daemon.cli_options import ConfigOption, DeviceOption, EnginePrecisionOption, engine_words, one_of
 
 if TYPE_CHECKING:
     from daemon.client import Control
@@ -213,17 +213,15 @@ def replay_images(
     folder: Annotated[Path, typer.Argument(help="kept images (the state folder's images/)", exists=True)],
     model: Annotated[Path, typer.Option(help="bundle to judge them with", file_okay=False)],
     threshold: Annotated[float | None, typer.Option(help="instead of the bundle's")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    precision: Annotated[str, typer.Option(help="of the CPU engine: auto, fp32, bf16 or int8")] = "auto",
+    device: DeviceOption = "auto",
+    precision: EnginePrecisionOption = "auto",
 ) -> None:
     """Judge kept images again with another bundle or calibration, and print what would change."""
     from daemon.replay_images import Judgement, judge_again
 
     with clear_errors():
         changed = failed = total = 0
-        one_of(device, "--device", "auto", "cpu", "cuda")
-        one_of(precision, "--precision", "auto", "fp32", "bf16", "int8")
-        for item in judge_again(folder, model, threshold, device, precision):  # type: ignore[arg-type]
+        for item in judge_again(folder, model, threshold, *engine_words(device, precision)):
             total += 1
             if not isinstance(item, Judgement):
                 failed += 1

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.engines import DeviceChoice, PrecisionChoice
     from pipeline.scoring import FrameArea
 
 
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+EnginePrecisionOption = Annotated[str, typer.Option(help="of the CPU engine: auto, fp32, bf16 or int8")]
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the station's YAML file", dir_okay=False)]
 
 
@@ -21,6 +24,21 @@ def numbers(text: str, pattern: str, option: str, example: str) -> list[int]:
     if match is None:
         raise typer.BadParameter(f"{text!r} is not like {example}", param_hint=option)
     return [int(number) for number in match.groups()]
+
+
+def pair(text: str, option: str, example: str) -> tuple[int, int]:
+    """Read two whole numbers such as 512x512. Raises typer.BadParameter."""
+    first, second = numbers(text, r"(\d+)x(\d+)", option, example)
+    return first, second
+
+
+def engine_words(device: str, precision: str) -> tuple[DeviceChoice, PrecisionChoice]:
+    """Check --device and --precision of an engine. Raises typer.BadParameter."""
+    from pipeline.engines import DeviceChoice, PrecisionChoice
+
+    one_of(device, "--device", *get_args(DeviceChoice))
+    one_of(precision, "--precision", *get_args(PrecisionChoice))
+    return cast(DeviceChoice, device), cast(PrecisionChoice, precision)
 
 
 def area(text: str) -> FrameArea:

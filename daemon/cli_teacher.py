@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import area, numbers, one_of
+from daemon.cli_options import area, one_of, pair
 
 
 def register(app: typer.Typer) -> None:
@@ -101,7 +101,7 @@ def import_foreign(
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
-        width, height = numbers(image_size, r"(\d+)x(\d+)", "--image-size", "512x512")
+        width, height = pair(image_size, "--image-size", "512x512")
         if (out.is_file() or is_bundle(out)) and not overwrite:
             raise ImportFailed(f"{out.absolute()} exists; add --overwrite to replace it")
         found = read_foreign(source)

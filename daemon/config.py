@@ -11,7 +11,8 @@ from pydantic import AfterValidator, ConfigDict, Field, field_validator
 from daemon.addresses import Addresses, Section, load
 from daemon.yaml_errors import ConfigError
 from drivers.catalog import CameraOptions
-from pipeline.bundle import MANIFEST
+from pipeline.bundle import MANIFEST, Bundle
+from pipeline.engines import DeviceChoice, EngineChoice, PrecisionChoice, make_engine
 from pipeline.inspect import Outcome
 from pipeline.plausible import PlausibleLimits
 
@@ -97,8 +98,8 @@ class StationConfig(Addresses):
 
     camera: CameraOptions
     model: Annotated[Path, AfterValidator(_check_bundle)]
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+    device: DeviceChoice = "auto"
+    precision: PrecisionChoice = Field(
         default="auto", description="of the CPU engine; auto: the fastest that the bundle's calibration trusts"
     )
     threads: int | None = Field(default=None, ge=1, le=256, description="of the CPU engine; None: all cores")
@@ -115,6 +116,10 @@ class StationConfig(Addresses):
     images: ImagesConfig | Literal[False] = ImagesConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     log: LogConfig = LogConfig()
+
+    def make_engine(self, bundle: Bundle) -> EngineChoice:
+        """Make the engine that this station is to judge with. Raises EngineUnavailable."""
+        return make_engine(bundle, self.device, self.threads, self.precision, pin_threads=self.pin_threads)
 
 
 def load_config(path: Path) -> StationConfig:

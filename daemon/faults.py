@@ -20,7 +20,7 @@ from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.frame import Frame, Image, PixelFormat
 from pipeline.bundle import Bundle
 from pipeline.engine import Engine, RawMaps
-from pipeline.engines import EngineChoice, make_engine
+from pipeline.engines import EngineChoice
 
 
 class Fault(StrEnum):
@@ -132,7 +132,7 @@ def run_faulty(
     config: ConfigOption, folder: Annotated[Path, typer.Argument(help="where faults are ordered")]
 ) -> None:
     """Run a station that fails when it is told to."""
-    from daemon.config import load_config
+    from daemon.config import StationConfig, load_config
     from daemon.log import configure_logging
     from daemon.station import Station
     from drivers.catalog import make_camera
@@ -142,10 +142,8 @@ def run_faulty(
         settings = load_config(config)
         faults = Faults(folder, settings.supervision.hang_s)
 
-        def engine_for(bundle: Bundle) -> EngineChoice:
-            choice = make_engine(
-                bundle, settings.device, settings.threads, settings.precision, pin_threads=settings.pin_threads
-            )
+        def engine_for(now: StationConfig, bundle: Bundle) -> EngineChoice:
+            choice = now.make_engine(bundle)
             return EngineChoice(FaultyEngine(choice.engine, faults), choice.because)
 
         station = Station(

@@ -173,7 +173,8 @@ class Publishing:
             entry.body = self._journaled(entry, draft)
         if not entry.sent:  # a predecessor of this thread may have failed after sending
             verdicts.send_multipart([self._topic("verdict"), entry.body])
-            self._remember(entry)
+            with self._recent_lock:
+                self._recent.append((entry.sequence, entry.body))
             entry.sent = True
             if self._passed is not None and inspection.outcome is Outcome.OK:
                 late = entry.due_ns is not None and time.monotonic_ns() > entry.due_ns + entry.margin_ns
@@ -190,10 +191,6 @@ class Publishing:
             "verdict", sequence=entry.sequence, verdict=inspection.outcome.value, score=inspection.score
         )
 
-    def _remember(self, entry: Entry) -> None:
-        with self._recent_lock:
-            self._recent.append((entry.sequence, entry.body or b""))
-
     def _submit(self, entry: Entry) -> Draft:
         """Write a verdict down and give it to the journal, unless this thread's predecessor has."""
         if isinstance(entry.draft, Draft):
@@ -202,20 +199,19 @@ class Publishing:
         if inspection is None:
             raise AssertionError("the ledger hands out settled entries")
         latency = self._latency(entry, inspection)
-        if self._journal is None:
-            entry.draft = draft = Draft(inspection, latency, None)
-            return draft
-        record = Record(
-            entry.sequence,
-            entry.frame.wall_ns,
-            self._boot,
-            inspection.outcome.value,
-            None if inspection.reason is None else inspection.reason.value,
-            inspection.score,
-            encode(self._message(entry, inspection, latency, journaled=True)),
-        )
+        record = None
+        if self._journal is not None:
+            record = Record(
+                entry.sequence,
+                entry.frame.wall_ns,
+                self._boot,
+                inspection.outcome.value,
+                None if inspection.reason is None else inspection.reason.value,
+                inspection.score,
+                encode(self._message(entry, inspection, latency, journaled=True)),
+            )
+            self._journal.submit(record)
         entry.draft = draft = Draft(inspection, latency, record)
-        self._journal.submit(record)
         return draft
 
     def _journaled(self, entry: Entry, draft: Draft) -> bytes:

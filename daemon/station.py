@@ -42,7 +42,7 @@ from daemon.tally import Summary, Tally, summarise
 from drivers.camera import Camera, Fires
 from drivers.catalog import make_camera
 from pipeline.bundle import Bundle, read_bundle
-from pipeline.engines import EngineChoice, EngineUnavailable, make_engine
+from pipeline.engines import EngineChoice, EngineUnavailable
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 
 _HEALTH_PERIOD_S = 1.0
@@ -71,7 +71,7 @@ class Station:
         config_path: Path | None = None,
         state_dir: Path | None = None,
         camera_for: Callable[[StationConfig], Camera] | None = None,
-        engine_for: Callable[[Bundle], EngineChoice] | None = None,
+        engine_for: Callable[[StationConfig, Bundle], EngineChoice] = StationConfig.make_engine,
     ) -> None:
         """Prepare; nothing is opened yet.
 
@@ -233,12 +233,7 @@ class Station:
         )
 
     def _make_inspector(self, config: StationConfig, bundle: Bundle) -> Inspector:
-        if self._engine_for is not None:
-            choice = self._engine_for(bundle)
-        else:
-            choice = make_engine(
-                bundle, config.device, config.threads, config.precision, pin_threads=config.pin_threads
-            )
+        choice = self._engine_for(config, bundle)
         engine = choice.engine
         self._log.info("engine", device=engine.device, precision=engine.precision, because=choice.because)
         engine.warm_up()

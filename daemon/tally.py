@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +125,12 @@ class Summary:
         return "\n".join(lines)
 
 
+def spread(values: NDArray[np.floating[Any]]) -> tuple[float, float, float, float]:
+    """Return p50, p95, p99 and the maximum."""
+    p50, p95, p99, top = np.percentile(values, (50, 95, 99, 100)).tolist()
+    return p50, p95, p99, top
+
+
 def summarise(tally: Tally, duration_s: float) -> Summary:
     """Sum up a run."""
     latencies = tally.latencies_us() / 1000
@@ -132,6 +139,5 @@ def summarise(tally: Tally, duration_s: float) -> Summary:
     percentiles = {}
     for stage, values in columns.items():
         if len(values):
-            p50, p95, p99, top = np.percentile(values, (50, 95, 99, 100))
-            percentiles[stage] = (float(p50), float(p95), float(p99), float(top))
+            percentiles[stage] = spread(values)
     return Summary(tally.totals(), duration_s, percentiles)

@@ -50,9 +50,7 @@ def make_engine(
     if on_cuda:
         if precision not in ("auto", "fp32"):
             raise EngineUnavailable(f"precision: {precision} is one of the CPU engine; CUDA computes in fp32")
-        from pipeline.engine_cuda import CudaEngine
-
-        return EngineChoice(CudaEngine(bundle.model), because)
+        return EngineChoice(_cuda_engine(bundle.model), because)
     chosen, why = _precision(bundle, precision)
     return EngineChoice(
         _cpu().CpuEngine(bundle.model, threads, chosen, pin_threads=pin_threads), f"{because}; {chosen}: {why}"
@@ -62,12 +60,14 @@ def make_engine(
 def make_float_engine(model: Model, device: DeviceChoice = "auto") -> Engine:
     """Make the float32 engine of a model that need not be calibrated. Raises EngineUnavailable."""
     on_cuda, _ = resolve_device(device)
-    if on_cuda:
-        from pipeline.engine_cuda import CudaEngine
-
-        return CudaEngine(model)
-    engine: Engine = _cpu().CpuEngine(model)
+    engine: Engine = _cuda_engine(model) if on_cuda else _cpu().CpuEngine(model)
     return engine
+
+
+def _cuda_engine(model: Model) -> Engine:
+    from pipeline.engine_cuda import CudaEngine
+
+    return CudaEngine(model)
 
 
 def _cpu() -> Any:

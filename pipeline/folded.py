@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.geometry import AUTOENCODER_PX
-from pipeline.networks import TEACHER_CHANNELS, EfficientAD
+from pipeline.geometry import Tile
+from pipeline.networks import TEACHER_CHANNELS, EfficientAD, maps_by_tiles, run_autoencoder
 
 
 class FoldedEfficientAD(nn.Module):
@@ -52,29 +51,17 @@ class FoldedEfficientAD(nn.Module):
         """The student's imitation of the autoencoder."""
         self.eval().requires_grad_(False)
 
-    def predict(self, image: Tensor) -> Tensor:
-        """Return what the student should imitate of the autoencoder, (N, 384, map_height, map_width)."""
-        if image.shape[-2:] != (AUTOENCODER_PX, AUTOENCODER_PX):
-            image = F.interpolate(image, size=(AUTOENCODER_PX, AUTOENCODER_PX), mode="bilinear", antialias=True)
-        predicted: Tensor = self.predicted(self.autoencoder(image))
-        grid = (self.geometry.map_height, self.geometry.map_width)
-        if predicted.shape[-2:] != grid:
-            predicted = F.interpolate(predicted, size=grid, mode="bilinear")
-        return predicted
-
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the raw maps."""
-        predicted = self.predict(image)
-        grid = (image.shape[0], self.geometry.map_height, self.geometry.map_width)
-        map_st, map_ae = image.new_empty(grid), image.new_empty(grid)
-        for tile in self.geometry.tiles():
-            piece = image[:, :, tile.y_px, tile.x_px]
-            student = self.student(piece)
-            difference = self.difference(torch.cat([self.teacher(piece), student], dim=1))
-            missed = predicted[:, :, tile.rows, tile.columns] - self.imitated(student)
-            cells = (slice(None), tile.rows, tile.columns)
-            map_st[cells], map_ae[cells] = difference.square().mean(dim=1), missed.square().mean(dim=1)
-        return map_st, map_ae
+        predicted = run_autoencoder(nn.Sequential(*self.autoencoder, self.predicted), image, self.geometry)
+        return maps_by_tiles(image, self.geometry, lambda tile: self._tile_maps(image, predicted, tile))
+
+    def _tile_maps(self, image: Tensor, predicted: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        piece = image[:, :, tile.y_px, tile.x_px]
+        student = self.student(piece)
+        difference = self.difference(torch.cat([self.teacher(piece), student], dim=1))
+        missed = predicted[:, :, tile.rows, tile.columns] - self.imitated(student)
+        return difference.square().mean(dim=1), missed.square().mean(dim=1)
 
 
 def _without_last(network: nn.Sequential) -> tuple[nn.Sequential, nn.Conv2d]:

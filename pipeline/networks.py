@@ -6,6 +6,7 @@ arXiv 2303.14535, tables 5 to 7 and algorithms 1 and 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -133,26 +134,12 @@ class EfficientAD(nn.Module):
         Returns:
             (N, 384, map_height, map_width).
         """
-        if image.shape[-2:] != (AUTOENCODER_PX, AUTOENCODER_PX):
-            image = F.interpolate(image, size=(AUTOENCODER_PX, AUTOENCODER_PX), mode="bilinear", antialias=True)
-        features: Tensor = self.autoencoder(image)
-        grid = (self.geometry.map_height, self.geometry.map_width)
-        if features.shape[-2:] != grid:
-            features = F.interpolate(features, size=grid, mode="bilinear")
-        return features
+        return run_autoencoder(self.autoencoder, image, self.geometry)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the raw maps: mean over channels of the squared differences (algorithm 3)."""
         predicted = self.autoencode(image)
-        tiles = self.geometry.tiles()
-        if len(tiles) == 1:
-            return self._tile_maps(image, predicted, tiles[0])
-        grid = (image.shape[0], self.geometry.map_height, self.geometry.map_width)
-        map_st, map_ae = image.new_empty(grid), image.new_empty(grid)
-        for tile in tiles:
-            cells = (slice(None), tile.rows, tile.columns)
-            map_st[cells], map_ae[cells] = self._tile_maps(image, predicted, tile)
-        return map_st, map_ae
+        return maps_by_tiles(image, self.geometry, lambda tile: self._tile_maps(image, predicted, tile))
 
     def _tile_maps(self, image: Tensor, predicted: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         piece = image[:, :, tile.y_px, tile.x_px]
@@ -161,3 +148,29 @@ class EfficientAD(nn.Module):
         expected = predicted[:, :, tile.rows, tile.columns]
         map_ae = (expected - student[:, TEACHER_CHANNELS:]).square().mean(dim=1)
         return map_st, map_ae
+
+
+def run_autoencoder(network: nn.Module, image: Tensor, geometry: Geometry) -> Tensor:
+    """Show an autoencoder the whole image at its own size; returns (N, channels, map_height, map_width)."""
+    if image.shape[-2:] != (AUTOENCODER_PX, AUTOENCODER_PX):
+        image = F.interpolate(image, size=(AUTOENCODER_PX, AUTOENCODER_PX), mode="bilinear", antialias=True)
+    features: Tensor = network(image)
+    grid = (geometry.map_height, geometry.map_width)
+    if features.shape[-2:] != grid:
+        features = F.interpolate(features, size=grid, mode="bilinear")
+    return features
+
+
+def maps_by_tiles(
+    image: Tensor, geometry: Geometry, tile_maps: Callable[[Tile], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Put the raw maps of an image's tiles together, (N, map_height, map_width) each."""
+    tiles = geometry.tiles()
+    if len(tiles) == 1:
+        return tile_maps(tiles[0])
+    grid = (image.shape[0], geometry.map_height, geometry.map_width)
+    map_st, map_ae = image.new_empty(grid), image.new_empty(grid)
+    for tile in tiles:
+        cells = (slice(None), tile.rows, tile.columns)
+        map_st[cells], map_ae[cells] = tile_maps(tile)
+    return map_st, map_ae

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drivers.frame import BayerPattern, Image, PixelFormat
-from pipeline.resample import resize, shrink_rows
+from pipeline.resample import resize
 from pipeline.scoring import BoolMap, FrameArea
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,8 +30,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IGNORED_SHADE = 0.449
 """Share of the format's range painted over ignored pixels: the mean of IMAGENET_MEAN."""
 MAX_FLAT_FIELD_GAIN = 16.0
-_LARGE_SAMPLES = 1_000_000
-"""From so many samples on, averaging whole numbers row by row is faster than converting them all to float32."""
 
 _DEMOSAIC: dict[BayerPattern, int] = {
     "RGGB": cv2.COLOR_BayerRGGB2RGB,
@@ -233,10 +231,7 @@ class Preprocessor:
         pixels: NDArray[Any] = raw
         if fmt.bayer:
             pixels = demosaic(raw, shifted_pattern(fmt.bayer, area.x, area.y))
-        if pixels.shape[0] > self.spec.height and pixels.size >= _LARGE_SAMPLES:
-            pixels = shrink_rows(np.ascontiguousarray(pixels), self.spec.height)
-        small = resize(pixels.astype(np.float32, copy=False), self.spec.width, self.spec.height)
-        small = small * np.float32(1.0 / fmt.max_value)
+        small = resize(pixels, self.spec.width, self.spec.height) * np.float32(1.0 / fmt.max_value)
         if small.ndim == 2:
             small = small[..., None]
         elif fmt.colour_order == "BGR":

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 _NEGLIGIBLE_SHARE = 1e-3
 """OpenCV leaves out source pixels of which an output pixel covers no more than this."""
+_LARGE_SAMPLES = 1_000_000
+"""From so many samples on, averaging whole numbers row by row is faster than converting them all to float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,12 @@ def _between(i: int, scale: float, inputs: int) -> tuple[int, list[float]]:
     return first, [1.0 - share, share]
 
 
-def resize(image: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-    """Resize (h, w) or (h, w, channels) float32 to the given size by the rule above."""
+def resize(image: NDArray[Any], width: int, height: int) -> NDArray[np.float32]:
+    """Resize (h, w) or (h, w, channels), float32 or unsigned whole numbers, to float32 by the rule above."""
+    if image.dtype.kind == "u":
+        if image.shape[0] > height and image.size >= _LARGE_SAMPLES:
+            image = shrink_rows(image, height)
+        image = image.astype(np.float32, copy=False)
     in_height, in_width = image.shape[:2]
     if (in_height, in_width) == (height, width):
         return image
@@ -99,7 +105,7 @@ def shrink_rows(image: NDArray[np.unsignedinteger[Any]], height: int) -> NDArray
         image: (h, w) or (h, w, channels), unsigned 8 or 16 bits.
         height: rows wanted, fewer than h.
     """
-    rows = image.reshape(image.shape[0], -1)
+    rows = np.ascontiguousarray(image).reshape(image.shape[0], -1)
     covered = _covered_rows(image.shape[0], height)
     out = np.empty((height, rows.shape[1]), np.float32)
     for i, (first, last) in enumerate(covered.whole):

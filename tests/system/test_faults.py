@@ -170,7 +170,7 @@ def test_a_late_result_is_an_event_not_a_second_verdict(tiny_bundle, tmp_path):
         threads=1,
         state_dir=tmp_path,
     )
-    station = Station(config, engine_for=lambda bundle: EngineChoice(Slow(bundle.model, 1), "test"))
+    station = Station(config, engine_for=lambda _config, bundle: EngineChoice(Slow(bundle.model, 1), "test"))
     heard, summary = run_and_listen(station, endpoint)
     verdicts = {v["sequence"]: v for v in heard["verdict"]}
     assert len(verdicts) == len(heard["verdict"]) == summary.totals.seen == 12

@@ -353,7 +353,7 @@ def test_an_engine_fault_is_invalid_and_the_daemon_goes_on(tiny_bundle, tmp_path
         publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
         state_dir=tmp_path,
     )
-    station = Station(config, engine_for=lambda bundle: EngineChoice(FaultyEngine(bundle.model), "test"))
+    station = Station(config, engine_for=lambda _config, bundle: EngineChoice(FaultyEngine(bundle.model), "test"))
     results = []
     thread = threading.Thread(target=lambda: results.append(station.run()))
     thread.start()

@@ -101,7 +101,7 @@ def test_a_stuck_engine_stops_the_watchdog(tiny_bundle, tmp_path, notify_socket,
         publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
         state_dir=tmp_path / "state",
     )
-    station = Station(config, engine_for=lambda _model: EngineChoice(engine, "test"))
+    station = Station(config, engine_for=lambda _config, _bundle: EngineChoice(engine, "test"))
     thread = threading.Thread(target=station.run)
     thread.start()
     assert engine.stuck.wait(60)
