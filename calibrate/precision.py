@@ -1,4 +1,4 @@
-"""Calibrate the CPU engine's precisions: each has quantiles and a threshold of its own, and must prove itself.
+"""Calibrate the engines' precisions: each has quantiles and a threshold of its own, and must prove itself.
 
 A precision is trusted when no score leaves float32's by more than the tolerance, on held-out good images and on
 the same images with anomalies pasted into them: integers that are cut off show on anomalies only.
@@ -22,8 +22,9 @@ from calibrate.normalize import choose_threshold, map_quantiles, score_maps
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
 from pipeline.bundle import Bundle, PrecisionCalibration
-from pipeline.engine import Precision, Prepared, RawMaps
-from pipeline.engine_cpu import CpuEngine, cpu_precisions, observe_ranges
+from pipeline.engine import CalibratedEngine, Precision, Prepared, RawMaps
+from pipeline.engine_cpu import CpuEngine, observe_ranges
+from pipeline.engines import engine_of, reduced_precisions
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.scoring import Scorer
 
@@ -48,7 +49,7 @@ def calibrate_precisions(
     options: TrainOptions,
     say: Callable[[str], None] = lambda _message: None,
 ) -> Bundle:
-    """Return the bundle with what belongs to each precision that this processor has.
+    """Return the bundle with what belongs to each precision that this machine has.
 
     One that cannot be calibrated is left out, which is said: a finished training must not be lost for it.
 
@@ -76,10 +77,8 @@ def calibrate_precisions(
     found: dict[Precision, PrecisionCalibration] = {
         "fp32": PrecisionCalibration(bundle.quantiles, bundle.threshold, 0.0, infer_ms)
     }
-    for precision in cpu_precisions():
-        if precision == "fp32":
-            continue
-        engine = CpuEngine(model, precision=precision)
+    for precision in reduced_precisions(options.device):
+        engine = engine_of(model, precision)
         everything = itertools.chain((held_out[index] for index in range(len(held_out))), anomalies())
         ours, infer_ms = _timed_maps(engine, everything)
         on_good = ours[: len(held_out)]
@@ -101,7 +100,7 @@ def calibrate_precisions(
     return replace(bundle, model=model, precisions=dict(fastest_first))
 
 
-def check_precision(bundle: Bundle, engine: CpuEngine, image: Prepared, scorer: Scorer) -> float:
+def check_precision(bundle: Bundle, engine: CalibratedEngine, image: Prepared, scorer: Scorer) -> float:
     """Compare an engine with float32's on this machine, on an image with and without anomalies.
 
     Args:
@@ -126,7 +125,7 @@ def _largest_deviation(scores: NDArray[np.float64], wanted: NDArray[np.float64])
     return float((np.abs(scores - wanted) / (TOLERATED + TOLERATED_SHARE * np.abs(wanted))).max())
 
 
-def _timed_maps(engine: CpuEngine, images: Iterable[Prepared]) -> tuple[list[RawMaps], float]:
+def _timed_maps(engine: CalibratedEngine, images: Iterable[Prepared]) -> tuple[list[RawMaps], float]:
     """Return the raw maps of images, and the median time that one took, ms."""
     engine.warm_up()
     maps = []

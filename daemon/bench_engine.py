@@ -181,7 +181,7 @@ def _make_side(side: Side) -> tuple[Infer, NDArray[np.float32]]:
     if side.engine == "cuda":
         from pipeline.engine_cuda import CudaEngine
 
-        return CudaEngine(model).infer, image
+        return CudaEngine(model, side.precision).infer, image
     from pipeline.engine_cpu import CpuEngine
     from pipeline.openvino_graph import convolution_names
 

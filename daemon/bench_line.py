@@ -97,7 +97,7 @@ class Playback:
 
 
 class NullEngine:
-    """Finds nothing on any image, at once."""
+    """Finds the same nine spots on any image, at once."""
 
     device = "null"
     precision: Precision = "fp32"
@@ -106,8 +106,12 @@ class NullEngine:
         g = bundle.model.geometry
         q = bundle.quantiles
         shape = (g.map_height, g.map_width)
+        spotted = np.full(shape, q.st_a, np.float32)
+        for row, column in np.ndindex(3, 3):
+            y, x = (shape[0] * (2 * row + 1) // 6, shape[1] * (2 * column + 1) // 6)
+            spotted[y : y + 2, x : x + 2] += 100 * (q.st_b - q.st_a)
         self._maps = RawMaps(
-            np.full(shape, q.st_a, np.float32),
+            spotted,
             np.full(shape, q.ae_a or 0.0, np.float32),
             preprocess_ns=0,
             infer_ns=0,
@@ -117,7 +121,7 @@ class NullEngine:
         """Nothing to warm up."""
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
-        """Return flat maps."""
+        """Return the spotted map, and a flat one."""
         return self._maps
 
 
@@ -132,6 +136,8 @@ class LineResult:
     rate_fps: float
     outcomes: dict[str, int]
     unjournaled: int
+    maps: int
+    """Maps that came, those of the warm-up included."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     """p50_ms, p95_ms, p99_ms and max_ms of each stage, of `overhead` (not preprocess or infer) and `total`.
 
@@ -150,7 +156,7 @@ class BenchStation:
 
         Args:
             folder: for its configuration, state and log.
-            config: without station, endpoints and state.
+            config: without station, `publish.verdicts` and state.
             flags: of this module's own command.
         """
         folder.mkdir(parents=True)
@@ -158,16 +164,19 @@ class BenchStation:
         (port,) = free_ports(1)
         endpoint = f"tcp://127.0.0.1:{port}"
         path = folder / "station.yaml"
-        own = {"station": STATION, "state_dir": str(folder / "state"), "publish": {"verdicts": endpoint}}
-        path.write_text(yaml.safe_dump({**own, **config}, sort_keys=False))
+        own = {"station": STATION, "state_dir": str(folder / "state")}
+        publish = {"verdicts": endpoint, **config.get("publish", {})}
+        path.write_text(yaml.safe_dump({**own, **config, "publish": publish}, sort_keys=False))
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        self._socket.connect(endpoint)
-        self._socket.subscribe(f"verdict/{STATION}/".encode())
-        self._socket.subscribe(f"health/{STATION}/".encode())
+        for address in publish.values():
+            self._socket.connect(address)
+        for kind in ("verdict", "health", "map"):
+            self._socket.subscribe(f"{kind}/{STATION}/".encode())
         self._health: dict[str, Any] = {}
+        self._maps = 0
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "daemon.bench_line", "-c", str(path), *flags],
@@ -182,11 +191,13 @@ class BenchStation:
         deadline_s = time.monotonic() + wait_s
         while len(bodies) < count:
             if self._socket.poll(200):
-                topic, body = self._socket.recv_multipart()
+                topic, body, *_ = self._socket.recv_multipart()
                 if topic.startswith(b"health/"):
                     self._health = json.loads(body)
-                    continue
-                bodies.append(body)
+                elif topic.startswith(b"map/"):
+                    self._maps += 1
+                else:
+                    bodies.append(body)
                 deadline_s = time.monotonic() + _SILENT_S
             elif self._process.poll() is not None or time.monotonic() > deadline_s:
                 end = self._log.read_text(errors="replace")[-2000:]
@@ -217,6 +228,7 @@ class BenchStation:
             rate_fps=count / took_s,
             outcomes=outcomes,
             unjournaled=sum(not verdict["journaled"] for verdict in found),
+            maps=self._maps,
             stages=_stages(judged),
             rss_mib=(before[0], after[0]),
             descriptors=(before[1], after[1]),
@@ -288,6 +300,8 @@ def bench_pipeline(
 def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames: int) -> dict[str, Any]:
     """Measure everything but the engine on pylon's emulated camera: as fast as frames are taken, and at a load.
 
+    At the load, what is not on the way to the verdict is added one by one: journal, maps, regions of NG parts.
+
     Raises BenchFailed, DriverMissing.
     """
     os.environ.setdefault("PYLON_CAMEMU", "1")
@@ -300,19 +314,23 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
         "pixel_format": "Mono8",
         "features": features,
     }
+    common = {**_QUIET, "model": model, "threshold": _ALL_OK}
+    loaded = {**common, "camera": {**camera, "rate_fps": _INGEST_LOAD_FPS}, "on_overload": "invalid"}
     unlimited = {**camera, "features": {**features, "AcquisitionFrameRateEnable": False}}
+    (port,) = free_ports(1)
+    sides: dict[str, dict[str, Any]] = {
+        "nothing": {**loaded, "journal": False},
+        "journal": loaded,
+        "journal, maps": {**loaded, "publish": {"maps": f"tcp://127.0.0.1:{port}"}},
+        "journal, regions": {**loaded, "threshold": _ALL_NG},
+        "journal, saturated": {**common, "camera": unlimited, "on_overload": "wait"},
+    }
     results = []
-    for load_fps, config in (
-        (
-            _INGEST_LOAD_FPS,
-            {"camera": {**camera, "rate_fps": _INGEST_LOAD_FPS}, **_QUIET, "on_overload": "invalid"},
-        ),
-        (None, {"camera": unlimited, **_SATURATED}),
-    ):
-        name = "saturated" if load_fps is None else "loaded"
-        with bench_station(folder / name, {**config, "model": model}, "--null-engine") as station:
+    for name, config in sides.items():
+        load_fps = None if config["on_overload"] == "wait" else _INGEST_LOAD_FPS
+        with bench_station(folder / name, config, "--null-engine") as station:
             count = frames if load_fps is None else min(frames, _LOADED_FRAMES)
-            results.append(_result(station.measure(count, _INGEST_WARM_UP), load_fps))
+            results.append({"with": name, **_result(station.measure(count, _INGEST_WARM_UP), load_fps)})
     return {"machine": describe_machine(), "results": results}
 
 
@@ -355,6 +373,8 @@ def bench_scaling(
 _QUIET: dict[str, Any] = {"log": {"level": "warning"}, "images": False, "plausible": {"frozen_frames": 0}}
 _SATURATED: dict[str, Any] = {**_QUIET, "on_overload": "wait"}
 _INGEST_WARM_UP, _INGEST_LOAD_FPS, _LOADED_FRAMES = 300, 100.0, 2000
+_ALL_OK, _ALL_NG = 1e6, 1.0
+"""Thresholds above and below the null engine's spots."""
 _EMULATED = "0815-0000"
 """Serial number of pylon's first emulated camera."""
 
@@ -372,7 +392,7 @@ def _result(found: LineResult, load_fps: float | None) -> dict[str, Any]:
 
 def run_bench_station(
     config: ConfigOption,
-    null_engine: Annotated[bool, typer.Option("--null-engine", help="find nothing, at once")] = False,
+    null_engine: Annotated[bool, typer.Option("--null-engine", help="find the same on each part, at once")] = False,
     playback: Annotated[
         bool, typer.Option("--playback", help="draw the simulated line's parts beforehand")
     ] = False,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import cast
 
 from daemon.config import StationConfig
 from drivers.camera import Camera, CameraError, EndOfStream
 from drivers.catalog import make_camera
 from drivers.frame import Frame
 from pipeline.bundle import Bundle, read_bundle
-from pipeline.engine import Engine
+from pipeline.engine import CalibratedEngine, Engine
 from pipeline.inspect import Inspector
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer
@@ -53,7 +54,7 @@ def check_station(config: StationConfig) -> Iterator[str]:
     yield f"frame: {frame.source}, {shape}, {frame.pixel_format or 'no format'}, {frame.status.value}"
     if inspection.reason is not None:
         raise CheckFailed(f"the frame is INVALID/{inspection.reason.value}: {inspection.detail}")
-    if engine.precision != "fp32":
+    if (engine.device, engine.precision) != ("cpu", "fp32"):
         yield _check_precision(bundle, engine, frame)
     judged_by = inspector.bundle
     yield f"threshold: {inspector.threshold:.4f}, calibration {judged_by.calibration_id}"
@@ -64,21 +65,21 @@ def check_station(config: StationConfig) -> Iterator[str]:
 
 
 def _check_precision(bundle: Bundle, engine: Engine, frame: Frame) -> str:
-    """Hold the engine against float32 on this very processor. Raises CheckFailed."""
+    """Hold the engine against float32 on this machine's processor. Raises CheckFailed."""
     from calibrate.precision import check_precision
-    from pipeline.engine_cpu import CpuEngine
 
-    assert isinstance(engine, CpuEngine)
     assert frame.image is not None
     assert frame.pixel_format is not None
     model = bundle.model
     prepared = Preprocessor(model.preprocess)(frame.image, frame.pixel_format)
     scorer = Scorer(model.geometry, model.preprocess.ignored_in_roi())
-    deviation = check_precision(bundle, engine, prepared, scorer)
+    # All that a configuration can name take prepared images, too.
+    deviation = check_precision(bundle, cast(CalibratedEngine, engine), prepared, scorer)
     if deviation > 1:
+        instead = "device: cpu" if engine.precision == "fp32" else "precision: fp32"
         raise CheckFailed(
             f"precision {engine.precision}: scores differ from float32's by {deviation:.0%} of what is tolerated; "
-            "set precision: fp32"
+            f"set {instead}"
         )
     return f"precision: {engine.precision}, scores deviate by up to {deviation:.0%} of what is tolerated"
 

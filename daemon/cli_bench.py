@@ -58,7 +58,11 @@ def engine(
         sides = []
         for each in sizes:
             engines: list[tuple[str, str]] = [("reference", "fp32")]
-            engines += [("cuda", "fp32")] if on_cuda else [("cpu", precision) for precision in cpu_precisions()]
+            engines += (
+                [("cuda", "fp32"), ("cuda", "fp16")]
+                if on_cuda
+                else [("cpu", precision) for precision in cpu_precisions()]
+            )
             sides += [
                 Side(name, precision, each, geometry, threads, device)  # type: ignore[arg-type]
                 for name, precision in engines
@@ -139,8 +143,8 @@ def ingest(
         files = Files.checked(json_file, plot)
         need_pylon()
         width, height = pair(camera_size, "--camera-size", "1920x1200")
-        found = bench_ingest(Path(folder), str(_quick_model(Path(folder), 64)), width, height, frames)
-        show(found, _LINE_COLUMNS, files, _stage_bars("Without an engine", found["results"]))
+        found = bench_ingest(Path(folder), str(_quick_model(Path(folder), 256)), width, height, frames)
+        show(found, [("with", ""), *_LINE_COLUMNS], files, _stage_bars("Without an engine", found["results"]))
 
 
 def scaling(
@@ -187,6 +191,7 @@ def _stage_bars(title: str, results: list[dict[str, Any]]) -> Bars:
     series = {}
     for result in results:
         name = "saturated" if result["saturated"] else f"{result['load_fps']:.3g} frames/s"
+        name = result.get("with", name)
         series[name] = [result[stage]["p50_ms"] for stage in stages]
     return Bars(title, "median, ms", stages, series)
 

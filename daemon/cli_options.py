@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-EnginePrecisionOption = Annotated[str, typer.Option(help="of the CPU engine: auto, fp32, bf16 or int8")]
+EnginePrecisionOption = Annotated[str, typer.Option(help="of the engine: auto, fp32; CPU: bf16, int8; CUDA: fp16")]
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the station's YAML file", dir_okay=False)]
 
 

@@ -100,7 +100,7 @@ class StationConfig(Addresses):
     model: Annotated[Path, AfterValidator(_check_bundle)]
     device: DeviceChoice = "auto"
     precision: PrecisionChoice = Field(
-        default="auto", description="of the CPU engine; auto: the fastest that the bundle's calibration trusts"
+        default="auto", description="of the engine; auto: the fastest that the bundle's calibration trusts"
     )
     threads: int | None = Field(default=None, ge=1, le=256, description="of the CPU engine; None: all cores")
     pin_threads: bool = Field(default=False, description="bind each of them to a core")

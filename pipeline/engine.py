@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from drivers.frame import Image, PixelFormat
 from pipeline.scoring import FloatMap
 
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "int8", "fp16"]
+"""Of the convolutions; `bf16` and `int8` are the CPU engine's, `fp16` the CUDA engine's."""
 Prepared = NDArray[np.float32]
 """(3, image_height, image_width), ImageNet-normalised."""
 
@@ -42,4 +43,12 @@ class Engine(Protocol):
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
         """Compute the raw maps of one frame. Raises FormatMismatch, or the device's own errors."""
+        ...
+
+
+class CalibratedEngine(Engine, Protocol):
+    """An engine that takes prepared images as well: what calibration and checks compare."""
+
+    def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
+        """Compute the raw maps of one prepared image, (map_height, map_width) each."""
         ...

@@ -1,62 +1,129 @@
-"""The CUDA engine: CuPy preprocessing straight into the tensor that the networks read, on one stream."""
+"""The CUDA engine: CuPy preprocessing straight into the networks' input, and one graph for all the rest."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import cupy
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
 from pipeline.engine import Precision, Prepared, RawMaps
 from pipeline.folded import FoldedEfficientAD
+from pipeline.geometry import Tile
+from pipeline.networks import maps_by_tiles
 from pipeline.preprocess_cuda import CudaPreprocessor
 from pipeline.scoring import FloatMap
 
+_RUNS_BEFORE_CAPTURE = 3
+"""cuDNN chooses its algorithms, and the allocator gets its memory, outside the capture."""
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
 
 class CudaEngine:
-    """PyTorch on CUDA in float32 (no TF32), fed by the fused kernel without a copy in between."""
+    """The folded networks on CUDA, captured in a graph; float32 (no TF32) or float16.
 
-    def __init__(self, model: Model) -> None:
-        self.device = torch.cuda.get_device_name()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.precision: Precision = "fp32"
-        self._networks = FoldedEfficientAD(model.networks()).cuda()
-        g = model.geometry
+    Autoencoder and teacher run on streams of their own beside the student. A frame costs two launches (the
+    preprocessing kernel and the graph), two copies, no allocation, and one wait, for the maps in pinned memory.
+    """
+
+    def __init__(self, model: Model, precision: Precision = "fp32") -> None:
+        """Put the networks on the device and capture them. Raises KeyError for a precision of another device."""
+        dtype = _TYPES[precision]
+        self.device, self.precision = torch.cuda.get_device_name(), precision
+        networks = FoldedEfficientAD(model.networks())
+        self._networks = networks.to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        g = self._geometry = model.geometry
         self._input = torch.zeros(1, 3, g.image_height, g.image_width, device="cuda")
+        self._maps = torch.zeros(2, g.map_height, g.map_width, pin_memory=True)
         self._preprocess = CudaPreprocessor(model.preprocess, cupy.from_dlpack(self._input[0]))
-        # What was filled on the default stream is there before our own stream, which does not wait by itself.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._teaching = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._arrived = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._prepared = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        # What was filled on the default stream is there before our own streams, which do not wait by themselves.
+        torch.cuda.synchronize()
+        self._graph = self._capture()
 
     def warm_up(self) -> None:
-        """Run once on an empty picture."""
-        with torch.cuda.stream(self._stream), torch.inference_mode():
-            self._networks(self._input)
+        """Run once on what lies in the input."""
+        with self._queueing():
+            self._graph.replay()
         self._stream.synchronize()
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
         """Compute the raw maps of one frame; waits once, for the maps."""
         start_ns = time.perf_counter_ns()
-        # torch owns the stream, CuPy borrows it, so that both queue their work in one order.
-        with torch.cuda.stream(self._stream), cupy.cuda.ExternalStream(self._stream.cuda_stream):
+        with self._queueing():
+            self._arrived.record()
             self._preprocess(image, fmt)
-            ready_ns = time.perf_counter_ns()
-            with torch.inference_mode():
-                st, ae = self._networks(self._input)
-                both = torch.stack((st[0], ae[0])).cpu()
-        maps = np.asarray(both.numpy())
-        return RawMaps(
-            maps[0], maps[1], preprocess_ns=ready_ns - start_ns, infer_ns=time.perf_counter_ns() - ready_ns
-        )
+            self._prepared.record()
+            self._graph.replay()
+        maps = self._take_maps()
+        took_ns = time.perf_counter_ns() - start_ns
+        preprocess_ns = round(self._arrived.elapsed_time(self._prepared) * 1e6)
+        return RawMaps(maps[0], maps[1], preprocess_ns=preprocess_ns, infer_ns=took_ns - preprocess_ns)
 
     def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
         """Compute the raw maps of one prepared image, (map_height, map_width) each."""
-        with torch.cuda.stream(self._stream), torch.inference_mode():
+        with self._queueing():
             self._input.copy_(torch.from_numpy(prepared)[None])
-            st, ae = self._networks(self._input)
-            both = torch.stack((st[0], ae[0])).cpu().numpy()
-        return both[0], both[1]
+            self._graph.replay()
+        st, ae = self._take_maps()
+        return st, ae
+
+    @contextmanager
+    def _queueing(self) -> Iterator[None]:
+        # torch owns the stream, CuPy borrows it, so that both queue their work in one order.
+        with torch.cuda.stream(self._stream), cupy.cuda.ExternalStream(self._stream.cuda_stream):
+            yield
+
+    def _take_maps(self) -> NDArray[np.float32]:
+        self._stream.synchronize()
+        maps = self._maps.numpy().copy()
+        # Should a graph ever end without its copy, the part is INVALID and not judged by the maps before it.
+        self._maps.fill_(torch.nan)
+        return maps
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+            with torch.cuda.stream(self._stream):
+                for _ in range(_RUNS_BEFORE_CAPTURE):
+                    self._compute()
+            self._stream.synchronize()
+            # thread_local: while this one is captured, the present engine may go on in its thread.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._compute()
+        return graph
+
+    @torch.inference_mode()
+    def _compute(self) -> None:
+        """Queue everything from the input to the maps in host memory on our streams."""
+        networks, main = self._networks, self._stream
+        image = self._input.to(_TYPES[self.precision], memory_format=torch.channels_last)
+        self._beside.wait_stream(main)
+        with torch.cuda.stream(self._beside):
+            predicted = networks.predict(image)
+
+        def tile_maps(tile: Tile) -> tuple[Tensor, Tensor]:
+            piece = image[:, :, tile.y_px, tile.x_px]
+            # Waits for the tile before as well: its features' memory may be used again.
+            self._teaching.wait_stream(main)
+            with torch.cuda.stream(self._teaching):
+                described = networks.teacher(piece)
+            student = networks.student(piece)
+            main.wait_stream(self._teaching)
+            main.wait_stream(self._beside)
+            maps: tuple[Tensor, Tensor] = networks.tile_maps(described, student, predicted, tile)
+            return maps
+
+        both = maps_by_tiles(self._geometry, tile_maps)
+        self._maps.copy_(torch.cat(both).float(), non_blocking=True)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 
 from pipeline.bundle import Bundle, Model
-from pipeline.engine import Engine, Precision
+from pipeline.engine import CalibratedEngine, Engine, Precision
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
-PrecisionChoice = Literal["auto", "fp32", "bf16", "int8"]
+PrecisionChoice = Literal["auto", "fp32", "bf16", "int8", "fp16"]
 
 
 class EngineUnavailable(Exception):
@@ -40,34 +40,48 @@ def make_engine(
         bundle: with what its calibration found out about precisions.
         device: only `auto` falls back to the CPU.
         threads: of the CPU engine; None: one for each core.
-        precision: of the CPU engine; `auto` is the fastest that this processor has and whose scores stayed within
-            the tolerance when the bundle was calibrated. CUDA computes in float32.
+        precision: of the convolutions; `auto` is the fastest that the device has and whose scores stayed within the
+            tolerance when the bundle was calibrated.
         pin_threads: bind each of the CPU engine's threads to a core of its own.
 
     Raises EngineUnavailable when what is asked for cannot be had.
     """
     on_cuda, because = resolve_device(device)
-    if on_cuda:
-        if precision not in ("auto", "fp32"):
-            raise EngineUnavailable(f"precision: {precision} is one of the CPU engine; CUDA computes in fp32")
-        return EngineChoice(_cuda_engine(bundle.model), because)
-    chosen, why = _precision(bundle, precision)
-    return EngineChoice(
-        _cpu().CpuEngine(bundle.model, threads, chosen, pin_threads=pin_threads), f"{because}; {chosen}: {why}"
+    able: list[Precision] = ["fp32", "fp16"] if on_cuda else _cpu().cpu_precisions()
+    chosen, why = _precision(bundle, precision, able)
+    engine = (
+        _cuda_engine(bundle.model, chosen)
+        if on_cuda
+        else _cpu().CpuEngine(bundle.model, threads, chosen, pin_threads=pin_threads)
     )
+    return EngineChoice(engine, f"{because}; {chosen}: {why}")
 
 
-def make_float_engine(model: Model, device: DeviceChoice = "auto") -> Engine:
+def make_float_engine(model: Model, device: DeviceChoice = "auto") -> CalibratedEngine:
     """Make the float32 engine of a model that need not be calibrated. Raises EngineUnavailable."""
     on_cuda, _ = resolve_device(device)
-    engine: Engine = _cuda_engine(model) if on_cuda else _cpu().CpuEngine(model)
+    engine: CalibratedEngine = _cuda_engine(model, "fp32") if on_cuda else _cpu().CpuEngine(model)
     return engine
 
 
-def _cuda_engine(model: Model) -> Engine:
+def reduced_precisions(device: DeviceChoice = "auto") -> list[Precision]:
+    """List what this machine computes in besides float32, on the CPU and, unless it is not wanted, on CUDA."""
+    reduced = [precision for precision in _cpu().cpu_precisions() if precision != "fp32"]
+    return [*reduced, "fp16"] if resolve_device(device)[0] else reduced
+
+
+def engine_of(model: Model, precision: Precision) -> CalibratedEngine:
+    """Make the engine that a reduced precision belongs to."""
+    engine: CalibratedEngine = (
+        _cuda_engine(model, precision) if precision == "fp16" else _cpu().CpuEngine(model, precision=precision)
+    )
+    return engine
+
+
+def _cuda_engine(model: Model, precision: Precision) -> CalibratedEngine:
     from pipeline.engine_cuda import CudaEngine
 
-    return CudaEngine(model)
+    return CudaEngine(model, precision)
 
 
 def _cpu() -> Any:
@@ -88,14 +102,13 @@ def resolve_device(wanted: DeviceChoice) -> tuple[bool, str]:
     return missing is None, missing or "a CUDA device was found"
 
 
-def _precision(bundle: Bundle, wanted: PrecisionChoice) -> tuple[Precision, str]:
-    able = _cpu().cpu_precisions()
+def _precision(bundle: Bundle, wanted: PrecisionChoice, able: list[Precision]) -> tuple[Precision, str]:
     calibrated = {n: f for n, f in bundle.precisions.items() if n != "int8" or bundle.model.ranges}
     if wanted == "auto":
         fit = (name for name, found in calibrated.items() if found.trusted and name in able)
         return next(fit, "fp32"), "the fastest here that the calibration trusts"
     if wanted not in able:
-        raise EngineUnavailable(f"precision: {wanted} was asked for, but this processor has {', '.join(able)} only")
+        raise EngineUnavailable(f"precision: {wanted} was asked for, but this device has {', '.join(able)} only")
     if wanted != "fp32" and wanted not in calibrated:
         raise EngineUnavailable(
             f"precision: {wanted} was asked for, but the bundle is not calibrated for it; train anew, or take fp32"

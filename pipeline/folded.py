@@ -53,15 +53,36 @@ class FoldedEfficientAD(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the raw maps."""
-        predicted = run_autoencoder(nn.Sequential(*self.autoencoder, self.predicted), image, self.geometry)
-        return maps_by_tiles(image, self.geometry, lambda tile: self._tile_maps(image, predicted, tile))
+        predicted = self.predict(image)
 
-    def _tile_maps(self, image: Tensor, predicted: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        piece = image[:, :, tile.y_px, tile.x_px]
-        student = self.student(piece)
-        difference = self.difference(torch.cat([self.teacher(piece), student], dim=1))
+        def tile_maps(tile: Tile) -> tuple[Tensor, Tensor]:
+            piece = image[:, :, tile.y_px, tile.x_px]
+            return self.tile_maps(self.teacher(piece), self.student(piece), predicted, tile)
+
+        return maps_by_tiles(self.geometry, tile_maps)
+
+    def predict(self, image: Tensor) -> Tensor:
+        """Return what the student should imitate of the autoencoder, (N, 384, map_height, map_width)."""
+        return run_autoencoder(nn.Sequential(*self.autoencoder, self.predicted), image, self.geometry)
+
+    def tile_maps(self, teacher: Tensor, student: Tensor, predicted: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Return a tile's raw maps.
+
+        Args:
+            teacher: the tile's features before the last convolution.
+            student: the same of the student.
+            predicted: what `predict` returned of the whole image.
+            tile: which.
+        """
+        difference = self.difference(torch.cat([teacher, student], dim=1))
         missed = predicted[:, :, tile.rows, tile.columns] - self.imitated(student)
-        return difference.square().mean(dim=1), missed.square().mean(dim=1)
+        return _mean_square(difference), _mean_square(missed)
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    # The square of a strong anomaly is more than float16 can hold.
+    wide = difference.float() if difference.dtype == torch.float16 else difference
+    return wide.square().mean(dim=1)
 
 
 def _without_last(network: nn.Sequential) -> tuple[nn.Sequential, nn.Conv2d]:

@@ -139,7 +139,7 @@ class EfficientAD(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the raw maps: mean over channels of the squared differences (algorithm 3)."""
         predicted = self.autoencode(image)
-        return maps_by_tiles(image, self.geometry, lambda tile: self._tile_maps(image, predicted, tile))
+        return maps_by_tiles(self.geometry, lambda tile: self._tile_maps(image, predicted, tile))
 
     def _tile_maps(self, image: Tensor, predicted: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         piece = image[:, :, tile.y_px, tile.x_px]
@@ -161,16 +161,14 @@ def run_autoencoder(network: nn.Module, image: Tensor, geometry: Geometry) -> Te
     return features
 
 
-def maps_by_tiles(
-    image: Tensor, geometry: Geometry, tile_maps: Callable[[Tile], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def maps_by_tiles(geometry: Geometry, tile_maps: Callable[[Tile], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Put the raw maps of an image's tiles together, (N, map_height, map_width) each."""
-    tiles = geometry.tiles()
-    if len(tiles) == 1:
-        return tile_maps(tiles[0])
-    grid = (image.shape[0], geometry.map_height, geometry.map_width)
-    map_st, map_ae = image.new_empty(grid), image.new_empty(grid)
-    for tile in tiles:
+    found = [(tile, tile_maps(tile)) for tile in geometry.tiles()]
+    first, _ = found[0][1]
+    if len(found) == 1:
+        return found[0][1]
+    map_st, map_ae = first.new_empty(2, first.shape[0], geometry.map_height, geometry.map_width)
+    for tile, maps in found:
         cells = (slice(None), tile.rows, tile.columns)
-        map_st[cells], map_ae[cells] = tile_maps(tile)
+        map_st[cells], map_ae[cells] = maps
     return map_st, map_ae

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import engine_cpu
+from pipeline import engine_cpu, engines
 from pipeline.bundle import Bundle, Model, PrecisionCalibration, read_bundle
 from pipeline.engine_cpu import CpuEngine, cpu_precisions, observe_ranges
-from pipeline.engines import EngineUnavailable, make_engine
+from pipeline.engines import EngineUnavailable, make_engine, reduced_precisions
 from pipeline.folded import FoldedEfficientAD
 from pipeline.geometry import Geometry
 from pipeline.inspect import Inspector
@@ -170,11 +170,25 @@ def test_auto_is_the_fastest_that_is_trusted_and_there(bundle, monkeypatch, able
     assert make_engine(bundle, "cpu").engine.precision == chosen
 
 
+@pytest.mark.parametrize(
+    ("deviation", "wanted", "chosen"), [(0.9, "auto", "fp16"), (1.1, "auto", "fp32"), (1.1, "fp16", "fp16")]
+)
+def test_cuda_takes_float16_where_the_calibration_trusts_it(bundle, monkeypatch, deviation, wanted, chosen):
+    asked = []
+    monkeypatch.setattr(engines, "resolve_device", lambda _device: (True, "found"))
+    monkeypatch.setattr(engines, "_cuda_engine", lambda _model, precision: asked.append(precision))
+    bundle = replace(bundle, precisions={"fp16": calibrated(deviation), **bundle.precisions})
+    make_engine(bundle, "cuda", precision=wanted)
+    assert asked == [chosen]
+    with pytest.raises(EngineUnavailable, match="bf16 was asked for, but this device has fp32, fp16 only"):
+        make_engine(bundle, "cuda", precision="bf16")
+
+
 def test_a_precision_that_cannot_be_had_is_refused_with_what_can(bundle, monkeypatch):
     with pytest.raises(EngineUnavailable, match="not calibrated for it; train anew, or take fp32"):
         make_engine(replace(bundle, precisions={}), "cpu", precision="bf16")
     monkeypatch.setattr(engine_cpu, "cpu_precisions", lambda: ["fp32"])
-    with pytest.raises(EngineUnavailable, match="int8 was asked for, but this processor has fp32 only"):
+    with pytest.raises(EngineUnavailable, match="int8 was asked for, but this device has fp32 only"):
         make_engine(bundle, "cpu", precision="int8")
 
 
@@ -187,7 +201,7 @@ def test_each_precision_judges_by_its_own_threshold_and_says_so(bundle):
 
 def test_a_trained_bundle_knows_the_precisions_of_the_machine(tiny_bundle):
     bundle = read_bundle(tiny_bundle)
-    assert set(bundle.precisions) == set(cpu_precisions())
+    assert set(bundle.precisions) == {"fp32", *reduced_precisions()}
     times = [found.infer_ms for found in bundle.precisions.values()]
     assert times == sorted(times)
     own = bundle.precisions["fp32"]

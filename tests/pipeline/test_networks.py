@@ -132,24 +132,3 @@ def test_teacher_never_learns_and_dropout_is_off_at_inference():
 def test_impossible_geometry_is_refused_with_what_would_work(arguments, message):
     with pytest.raises(GeometryError, match=message):
         Geometry(**arguments)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", ["small", "medium"])
-def test_cuda_engine_gives_the_networks_own_maps(size, rng):
-    from drivers.frame import PixelFormat
-    from pipeline.bundle import Model
-    from pipeline.engine_cuda import CudaEngine
-    from pipeline.preprocess import Preprocessor, PreprocessSpec
-
-    networks = seeded_model(size)
-    model = Model(size, Geometry(), PreprocessSpec(256, 256), networks.state_dict())
-    preprocess, cuda = Preprocessor(model.preprocess), CudaEngine(model)
-    cuda.warm_up()
-    for fmt in (PixelFormat.BAYER_RG8, PixelFormat.MONO8):
-        image = rng.integers(0, 256, (300, 400)).astype(np.uint8)
-        on_cuda = cuda.raw_maps(image, fmt)
-        with torch.inference_mode():
-            st, ae = networks(torch.from_numpy(preprocess(image, fmt))[None])
-        np.testing.assert_allclose(on_cuda.student_teacher, st[0], rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(on_cuda.autoencoder, ae[0], rtol=1e-3, atol=1e-4)

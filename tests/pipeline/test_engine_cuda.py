@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from drivers.frame import PixelFormat
+from pipeline.bundle import Model
+from pipeline.folded import FoldedEfficientAD
+from pipeline.geometry import Geometry
+from pipeline.preprocess import Preprocessor, PreprocessSpec
+from tests.pipeline.test_networks import seeded_model
+
+GEOMETRIES = [Geometry(), Geometry(padded=True), Geometry(320, 384, tile_rows=2, tile_columns=2)]
+
+
+def model_and_engine(precision="fp32", size="small", geometry=None, seed=0):
+    from pipeline.engine_cuda import CudaEngine
+
+    networks = seeded_model(size, geometry or Geometry(), seed)
+    g = networks.geometry
+    model = Model(size, g, PreprocessSpec(g.image_width, g.image_height), networks.state_dict())
+    engine = CudaEngine(model, precision)
+    engine.warm_up()
+    return networks, Preprocessor(model.preprocess), engine
+
+
+def maps_on_cpu(networks, prepared):
+    with torch.inference_mode():
+        return [maps[0].numpy() for maps in networks(torch.from_numpy(prepared)[None])]
+
+
+def check_maps(found, wanted, precision):
+    for ours, theirs in zip(found, wanted, strict=True):
+        if precision == "fp32":
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+        else:  # what a hundredth of the quantiles' distance is
+            low, high = np.quantile(theirs, (0.9, 0.995))
+            assert np.abs(ours - theirs).max() < 1e-2 * (high - low) + 1e-2 * np.abs(theirs).max()
+
+
+def test_a_strong_anomaly_fits_into_the_maps_of_float16(rng):
+    folded = FoldedEfficientAD(seeded_model(geometry=Geometry(64, 64))).half()
+    (tile,) = folded.geometry.tiles()
+    cells = (folded.geometry.map_height, folded.geometry.map_width)
+    before_last = (cells[0] + 3, cells[1] + 3)
+    features = [torch.full((1, 256, *before_last), value, dtype=torch.float16) for value in (40.0, 1.0)]
+    predicted = torch.full((1, 384, *cells), 3000.0, dtype=torch.float16)
+    with torch.inference_mode():
+        st, ae = folded.tile_maps(*features, predicted, tile)
+        wanted_st, wanted_ae = folded.double().tile_maps(*(f.double() for f in features), predicted.double(), tile)
+    assert (st.dtype, ae.dtype) == (torch.float32, torch.float32)
+    assert ae.min() > 65504, "more than float16 holds"
+    torch.testing.assert_close(st.double(), wanted_st, rtol=1e-2, atol=0)
+    torch.testing.assert_close(ae.double(), wanted_ae, rtol=1e-2, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("size", "geometry"), [("medium", GEOMETRIES[0]), *(("small", geometry) for geometry in GEOMETRIES)], ids=str
+)
+def test_the_graph_gives_the_networks_own_maps(size, geometry, precision, rng):
+    networks, preprocess, cuda = model_and_engine(precision, size, geometry)
+    for fmt in (PixelFormat.BAYER_RG8, PixelFormat.MONO8, PixelFormat.BAYER_RG8):
+        image = rng.integers(0, 256, (300, 400)).astype(np.uint8)
+        on_cuda = cuda.raw_maps(image, fmt)
+        wanted = maps_on_cpu(networks, preprocess(image, fmt))
+        check_maps((on_cuda.student_teacher, on_cuda.autoencoder), wanted, precision)
+        assert on_cuda.preprocess_ns > 0
+        assert on_cuda.infer_ns > 0
+        check_maps(cuda.infer(preprocess(image, fmt)), wanted, precision)
+
+
+@pytest.mark.gpu
+def test_engines_of_two_bundles_keep_their_own_maps(rng):
+    both = [model_and_engine(seed=seed) for seed in (0, 1)]
+    for _ in range(3):
+        image = rng.integers(0, 256, (256, 256)).astype(np.uint8)
+        for networks, preprocess, cuda in both:
+            found = cuda.raw_maps(image, PixelFormat.MONO8)
+            wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
+            check_maps((found.student_teacher, found.autoencoder), wanted, "fp32")
+    del both[0]
+    (networks, preprocess, cuda) = both[0]
+    image = rng.integers(0, 256, (256, 256)).astype(np.uint8)
+    found = cuda.raw_maps(image, PixelFormat.MONO8)
+    check_maps(
+        (found.student_teacher, found.autoencoder),
+        maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8)),
+        "fp32",
+    )
+
+
+@pytest.mark.gpu
+def test_an_engine_is_captured_while_another_one_judges(rng):
+    import threading
+
+    networks, preprocess, cuda = model_and_engine()
+    image = rng.integers(0, 256, (256, 256)).astype(np.uint8)
+    wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
+    made = []
+    other = threading.Thread(target=lambda: made.append(model_and_engine("fp16", seed=1)))
+    other.start()
+    judged = 0
+    while other.is_alive() or not judged:
+        found = cuda.raw_maps(image, PixelFormat.MONO8)
+        check_maps((found.student_teacher, found.autoencoder), wanted, "fp32")
+        judged += 1
+    other.join()
+    ((networks, preprocess, cuda),) = made
+    found = cuda.raw_maps(image, PixelFormat.MONO8)
+    wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
+    check_maps((found.student_teacher, found.autoencoder), wanted, "fp16")
+
+
+_BROKEN = """
+import cupy, numpy as np
+from drivers.frame import PixelFormat
+from tests.pipeline.test_engine_cuda import model_and_engine
+_, _, cuda = model_and_engine()
+image = np.zeros((256, 256), np.uint8)
+cuda.raw_maps(image, PixelFormat.MONO8)
+cupy.RawKernel('extern "C" __global__ void broken(int* at) { *at = 1; }', "broken")((1,), (1,), (np.uintp(8),))
+for _ in range(3):
+    try:
+        cuda.raw_maps(image, PixelFormat.MONO8)
+    except Exception as error:
+        print("raised", type(error).__name__)
+    else:
+        raise SystemExit("maps of a lost context")
+"""
+
+
+@pytest.mark.gpu
+def test_a_lost_context_never_gives_maps():
+    done = subprocess.run([sys.executable, "-c", _BROKEN], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.count("raised") == 3, done.stdout + done.stderr
