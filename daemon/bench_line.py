@@ -22,7 +22,7 @@ import yaml
 import zmq
 
 from daemon.bench_engine import Side, bench_engine
-from daemon.cli_errors import clear_errors
+from daemon.cli_errors import clear_errors, leaving_at_the_end
 from daemon.cli_options import ConfigOption
 from daemon.config import StationConfig, load_config
 from daemon.log import configure_logging
@@ -399,7 +399,7 @@ def run_bench_station(
 ) -> None:
     """Run a station for a bench."""
     configure_logging()
-    with clear_errors():
+    with leaving_at_the_end(), clear_errors():
         settings = load_config(config)
         station = Station(
             settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 from daemon.config import StationConfig
@@ -92,5 +93,7 @@ def _first_frame(camera: Camera) -> Frame:
         except EndOfStream:
             raise CameraError("the source ended before its first frame") from None
         if frames:
-            return frames[-1]
+            frame = frames[-1]
+            # The driver's memory is gone once the camera is closed.
+            return frame if frame.image is None else replace(frame, image=frame.image.copy())
     raise CameraError(f"no frame within {_FIRST_FRAME_S:.0f} s; is the trigger connected?")

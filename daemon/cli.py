@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from daemon import cli_bench, cli_calibrate, cli_keys, cli_line, cli_teacher
-from daemon.cli_errors import clear_errors
+from daemon.cli_errors import clear_errors, leaving_at_the_end
 from daemon.cli_options import ConfigOption
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def run(config: ConfigOption, state_dir: StateDirOption = None) -> None:
     configure_logging(settings.log.level, settings.log.format)
     from daemon.station import Station
 
-    with clear_errors():
+    with leaving_at_the_end(), clear_errors():
         station = Station(settings, config_path=config, state_dir=state_dir)
 
         def stop(_number: int, _frame: FrameType | None) -> None:
@@ -56,8 +56,7 @@ def run(config: ConfigOption, state_dir: StateDirOption = None) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
         signal.signal(signal.SIGHUP, lambda _number, _frame: station.reload_soon())
-        summary = station.run()
-    typer.echo(summary)
+        typer.echo(station.run())
 
 
 @app.command()

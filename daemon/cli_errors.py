@@ -6,6 +6,10 @@ again without a change is of no use; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -67,6 +71,30 @@ def clear_errors() -> Iterator[None]:
             if code is not None:
                 _fail(error, code)
         raise
+
+
+@contextmanager
+def leaving_at_the_end() -> Iterator[None]:
+    """End the process after a station has run, also with a thread left in a vendor's call.
+
+    Everything is closed by then. Python's own ending would unwind such a thread through C++, which aborts.
+    """
+    code = EXIT_FAILED
+    try:
+        yield
+        code = 0
+    except typer.Exit as ending:
+        code = ending.exit_code
+        raise
+    except BaseException:
+        if threading.active_count() > 1:
+            traceback.print_exc()
+        raise
+    finally:
+        if threading.active_count() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def _fail(error: BaseException, code: int) -> NoReturn:

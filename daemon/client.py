@@ -156,7 +156,7 @@ class Subscription:
         return verdict
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect; to be called by the thread that reads."""
         self._context.destroy(linger=0)
 
     def __enter__(self) -> Subscription:

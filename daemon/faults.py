@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from daemon.cli_errors import clear_errors
+from daemon.cli_errors import clear_errors, leaving_at_the_end
 from daemon.cli_options import ConfigOption
 from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.frame import Frame, Image, PixelFormat
@@ -138,7 +138,7 @@ def run_faulty(
     from drivers.catalog import make_camera
 
     configure_logging()
-    with clear_errors():
+    with leaving_at_the_end(), clear_errors():
         settings = load_config(config)
         faults = Faults(folder, settings.supervision.hang_s)
 
@@ -154,8 +154,7 @@ def run_faulty(
         )
         signal.signal(signal.SIGTERM, lambda _number, _frame: station.stop())
         signal.signal(signal.SIGHUP, lambda _number, _frame: station.reload_soon())
-        summary = station.run()
-    typer.echo(summary)
+        typer.echo(station.run())
 
 
 if __name__ == "__main__":

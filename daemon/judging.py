@@ -117,11 +117,14 @@ class Judging:
         # One frame later than its verdict: the check for frozen frames still compares with this one.
         if self.abandoned:
             raise Closed
-        previous, self._previous, self.current = self._previous, item.slot, None
+        self.current = None
+        if inspection is None:  # nobody looked at it, so nobody compares with it
+            self._ring.give_back(item.slot)
+            return
+        previous, self._previous = self._previous, item.slot
         if previous is not None:
             self._ring.give_back(previous)
-        if inspection is not None:
-            self._look_at(entry, inspection)
+        self._look_at(entry, inspection)
 
     def _look_at(self, entry: Entry, inspection: Inspection) -> None:
         if inspection.outcome is Outcome.INVALID:

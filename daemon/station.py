@@ -53,6 +53,8 @@ _ENGINE_BUILT_WITHIN_S = 180.0
 """Loading and warming up; what takes longer hangs, and only a new process helps."""
 _OWN_SOCKETS = ("publisher", "server")
 _TEARDOWN_S = 5.0
+_HANGS_WITHOUT_CAMERA = 5
+"""Drivers that were abandoned one after the other, each with its device and a thread, before the process ends."""
 _GRABBER_STOPS_S = 5.0
 """How long acquisition may take to end once it was told to."""
 
@@ -102,6 +104,7 @@ class Station:
         self._workers: dict[str, Worker] = {}
         self._simple_workers: dict[str, Callable[[], None]] = {}
         self._failures: defaultdict[str, Failures] = defaultdict(Failures)
+        self._hangs_without_camera = 0
         self._due: dict[str, tuple[float, Callable[[], None]]] = {}
         """Workers that are started again, and when."""
         self._stop_by_s: float | None = None
@@ -418,8 +421,12 @@ class Station:
             return
         if grabber.is_alive():
             if self._acquisition.call.hangs(hang_s):
+                self._hangs_without_camera = 1 if self._line.state.connected else self._hangs_without_camera + 1
                 self._abandon_acquisition()
                 failure = TimeoutError(f"a driver call took longer than {hang_s:g} s")
+                if self._hangs_without_camera == _HANGS_WITHOUT_CAMERA:
+                    self._drain()
+                    raise StationFailed(f"{failure}, {_HANGS_WITHOUT_CAMERA} times without a camera in between")
                 self._start_later("acquisition", failure, lambda: self._grab_anew(after_hang=True))
             return
         if grabber.failure is None:
@@ -463,8 +470,9 @@ class Station:
             else:
                 self._line.frames.put(item)  # the probe goes on through the next generation
         judging.abandoned = True
-        if judging.current is not None:
-            self._ledger.settle(judging.current.entry, lost)
+        current = judging.current  # its thread may come back at this very moment
+        if current is not None:
+            self._ledger.settle(current.entry, lost)
         for slot in judging.held_slots():
             # A hung call may still read or write its slots when it comes back: they are not used again.
             self._ring.give_back(Slot() if hung else slot)

@@ -16,6 +16,8 @@ from pydantic import Field
 from drivers.camera import CameraLost, Options
 
 _SIGNAL = "SoftwareSignal1"
+_TOO_LATE_S = 0.1
+"""A line that is energised so long after it was asked to would pass another part."""
 
 
 class PassOutput(Options):
@@ -61,15 +63,22 @@ class PassLine:
     def pulse(self) -> None:
         """Energise the line for its pulse; returns when it is over, or at once where the camera times it.
 
-        Raises CameraLost where the camera was closed before its end.
+        Raises CameraLost where the camera was closed before its end, or does not answer in time.
         """
+        asked_s = time.monotonic()
         if self.timed_by_camera:
-            with self._using():
+            with self._using(_TOO_LATE_S):
                 self._camera.SoftwareSignalPulse.Execute()
             return
-        try:
-            with self._using():
+        with self._using(_TOO_LATE_S):
+            try:
                 self._set(True)
+                if time.monotonic() - asked_s > _TOO_LATE_S:
+                    raise CameraLost("the output line answered too late")
+            except BaseException:
+                self._set(False)
+                raise
+        try:
             time.sleep(self._options.pulse_ms / 1000)
         finally:
             with self._using():
@@ -83,11 +92,15 @@ class PassLine:
                 self._set(False)
 
     @contextlib.contextmanager
-    def _using(self) -> Iterator[None]:
-        with self._in_use:
+    def _using(self, wait_s: float = -1) -> Iterator[None]:
+        if not self._in_use.acquire(timeout=wait_s):
+            raise CameraLost("the output line does not answer")
+        try:
             if self._closed:
                 raise CameraLost("the camera was closed")
             yield
+        finally:
+            self._in_use.release()
 
     def _set(self, on: bool) -> None:
         self._camera.UserOutputValue.Value = on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from pipeline.scoring import FloatMap
 
 _RUNS_BEFORE_CAPTURE = 3
 """cuDNN chooses its algorithms, and the allocator gets its memory, outside the capture."""
+_CAPTURING = threading.Lock()
+"""One capture at a time in a process: a reload and a restarted engine may both want one."""
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -94,7 +97,10 @@ class CudaEngine:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+        with (
+            _CAPTURING,
+            torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False),
+        ):
             with torch.cuda.stream(self._stream):
                 for _ in range(_RUNS_BEFORE_CAPTURE):
                     self._compute()

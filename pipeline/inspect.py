@@ -101,6 +101,7 @@ class Inspector:
         try:
             return self._inspect(frame)
         except FormatMismatch as error:
+            self._check.forget()
             return Inspection(Outcome.INVALID, Reason.FORMAT, str(error))
         except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
             return Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error)

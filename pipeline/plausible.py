@@ -61,6 +61,10 @@ class PlausibilityCheck:
                 return f"saturated: {saturated:.1%} of the samples are at the end of the range"
         return None
 
+    def forget(self) -> None:
+        """Compare the next frame with none: the one before it was not looked at."""
+        self._previous = None
+
     def _repeats(self, image: Image) -> bool:
         previous = self._previous
         if previous is None or previous.shape != image.shape or previous.dtype != image.dtype:

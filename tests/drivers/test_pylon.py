@@ -243,7 +243,7 @@ def test_the_output_line_is_energised_for_one_pulse_and_never_latched(opened):
 
 
 def test_closing_ends_a_pulse_and_nothing_touches_the_device_after_it(opened, monkeypatch):
-    camera = opened(pass_output={"line": "Line3", "pulse_ms": 300})
+    camera = opened(pass_output={"line": "Line3", "pulse_ms": 2000})
     device, line, switched, lost = camera._camera, camera._pass_line, [], []
     switch = PassLine._set
     monkeypatch.setattr(PassLine, "_set", lambda self, on: (switch(self, on), switched.append(on)))
@@ -256,7 +256,7 @@ def test_closing_ends_a_pulse_and_nothing_touches_the_device_after_it(opened, mo
 
     signal = threading.Thread(target=pulse)
     signal.start()
-    while not device.UserOutputValue.Value:
+    while signal.is_alive() and not device.UserOutputValue.Value:
         pass
     camera.close()
     assert switched == [True, False], "switched off before the device went"
@@ -265,3 +265,32 @@ def test_closing_ends_a_pulse_and_nothing_touches_the_device_after_it(opened, mo
     with pytest.raises(CameraLost, match="closed"):
         line.pulse()  # asked for just before the camera went
     assert switched == [True, False]
+
+
+def test_a_pulse_behind_a_hung_one_is_not_given_late(opened, monkeypatch):
+    camera, switched, lost = opened(pass_output={"line": "Line3", "pulse_ms": 1}), [], []
+    switch, hangs, let_go = PassLine._set, threading.Event(), threading.Event()
+
+    def hang(self, on):
+        switched.append(on)
+        if not hangs.is_set():
+            hangs.set()
+            assert let_go.wait(60)
+        switch(self, on)
+
+    def pulse():
+        with pytest.raises(CameraLost) as caught:
+            camera.signal_pass()
+        lost.append(str(caught.value))
+
+    monkeypatch.setattr(PassLine, "_set", hang)
+    signal = threading.Thread(target=pulse)
+    signal.start()
+    assert hangs.wait(60)
+    with pytest.raises(CameraLost, match="does not answer"):
+        camera.signal_pass()
+    let_go.set()
+    signal.join()
+    assert lost == ["the output line answered too late"]
+    assert switched == [True, False], "switched off at once, and by nobody else"
+    assert camera._camera.UserOutputValue.Value is False

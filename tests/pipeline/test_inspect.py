@@ -171,6 +171,15 @@ def test_a_few_hot_pixels_do_not_make_a_black_frame_plausible():
     assert "black" in (check().problem(image, PixelFormat.MONO8) or "")
 
 
+def test_a_frame_of_another_format_ends_a_row_of_identical_ones(bundle, part):
+    maps = np.zeros((8, 8), np.float32)
+    bundle = replace(bundle, training={**bundle.training, "pixel_formats": ["Mono12"]})
+    inspector = Inspector(bundle, CannedEngine(maps, maps), limits=PlausibleLimits(frozen_frames=2))
+    other = replace(part, image=part.image[..., 0].astype(np.uint16), pixel_format=PixelFormat.MONO16)
+    frames = [part, other, part, part]
+    assert [inspector.inspect(frame).reason for frame in frames] == [None, Reason.FORMAT, None, Reason.IMAGE]
+
+
 def test_frozen_frames_from_the_configured_repetition_on(rng):
     image = rng.integers(0, 255, (64, 64)).astype(np.uint8)
     checker = check(PlausibleLimits(frozen_frames=3))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 import zmq
@@ -135,7 +138,7 @@ def run_and_listen(station, endpoint):
         subscriber.setsockopt(zmq.RECONNECT_IVL, 5)
         subscriber.connect(endpoint)
         subscriber.subscribe(b"")
-        thread = threading.Thread(target=lambda: results.append(station.run()))
+        thread = threading.Thread(target=lambda: results.append(station.run()), daemon=True)
         thread.start()
         while thread.is_alive() or subscriber.poll(200):
             if subscriber.poll(100):
@@ -335,7 +338,7 @@ def test_triggers_behind_a_hung_one_are_rejected_in_time_and_not_fired_late(tiny
                 pass
             station.stop()
 
-    asker = threading.Thread(target=ask)
+    asker = threading.Thread(target=ask, daemon=True)
     asker.start()
     heard, summary = run_and_listen(station, endpoint)
     asker.join(60)
@@ -405,3 +408,61 @@ def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny
     assert [verdict["sequence"] for verdict in journaled] == list(range(1, 31))
     known = {verdict["sequence"]: verdict for verdict in journaled}
     assert all(verdict == known[verdict["sequence"]] for verdict in heard["verdict"]), "sent as it was journaled"
+
+
+class DeafCamera(StubbornCamera):
+    """A driver that never comes back from opening its camera."""
+
+    opened: ClassVar[list[object]] = []
+
+    def open(self):
+        self.opened.append(self)
+        self.let_go.wait(120)
+        raise CameraLost("let go")
+
+
+def test_drivers_that_hang_one_after_the_other_end_the_process(tiny_bundle, tmp_path):
+    config = StationConfig(
+        station="deaf",
+        camera=SyntheticOptions(),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
+        supervision=SupervisionConfig(hang_s=0.2),
+        state_dir=tmp_path,
+    )
+    station = Station(config, camera_for=lambda _settings: DeafCamera())
+    with pytest.raises(StationFailed, match="5 times without a camera in between"):
+        station.run()
+    assert len(DeafCamera.opened) == 5
+    for camera in DeafCamera.opened:
+        camera.let_go.set()
+
+
+_LEFT = """
+import sys, threading
+import cv2, numpy, typer
+from daemon.cli_errors import leaving_at_the_end
+image, begun = numpy.zeros((64, 64, 3), numpy.uint8), threading.Event()
+def vendor():
+    while True:
+        cv2.imencode(".png", image)
+        begun.set()
+threading.Thread(target=vendor, daemon=True).start()
+begun.wait()
+with leaving_at_the_end():
+    print("the summary")
+    if sys.argv[1] == "1":
+        raise typer.Exit(1)
+    if sys.argv[1] == "2":
+        raise ValueError("nobody expected this")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("0", 0), ("1", 1), ("2", 1)])
+def test_a_thread_left_in_a_vendors_call_does_not_change_the_exit_code(how, code):
+    done = subprocess.run(
+        [sys.executable, "-c", _LEFT, how], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "the summary\n"
+    assert done.stderr.count("nobody expected this") == (how == "2")

@@ -3,12 +3,15 @@ from __future__ import annotations
 import threading
 
 import pytest
+import yaml
 
 from daemon.addresses import PublishConfig
 from daemon.config import PlausibleConfig, StationConfig
 from daemon.station import Station
 from drivers.pylon import PylonCamera, PylonOptions
+from pipeline.engine_cpu import cpu_precisions
 from tests.system.line import free_port
+from tests.system.test_commands import inspectord
 
 pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
 
@@ -101,7 +104,7 @@ def test_a_pulled_cable_reopens_and_loses_no_number(tiny_bundle, tmp_path, trigg
         subscriber.subscribe(b"verdict/cable/")
         station = Station(config, camera_for=lambda _settings: camera)
         results = []
-        thread = threading.Thread(target=lambda: results.append(station.run()))
+        thread = threading.Thread(target=lambda: results.append(station.run()), daemon=True)
         thread.start()
         verdicts = []
         while thread.is_alive() or subscriber.poll(100):
@@ -155,3 +158,21 @@ def test_only_ok_parts_get_a_pass_pulse(tiny_bundle, tmp_path, threshold):
     missed = station.events.counts().get("camera", 0)  # the stream's end may close the camera before the last pulse
     assert len(pulses) + missed == summary.totals.ok
     assert (len(pulses) > 0) == (threshold > 0)
+
+
+def test_check_judges_the_frame_after_the_camera_is_closed(tmp_path, tiny_bundle):
+    """The driver's memory is gone by then; small frames would hide it."""
+    config = {
+        "station": "checked",
+        "camera": {**EMULATED, "trigger": "free_run", "width": 2448, "height": 2048},
+        "model": str(tiny_bundle),
+        "precision": cpu_precisions()[-1],
+        "state_dir": str(tmp_path),
+    }
+    path = tmp_path / "station.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    done = inspectord("check", "-c", path)
+    assert done.returncode in (0, 1), done.stderr
+    assert "2448x2048 px, Mono8, complete" in done.stdout
+    said = "scores" if cpu_precisions() != ["fp32"] else "verdict"
+    assert said in done.stdout + done.stderr

@@ -295,7 +295,7 @@ def test_a_driver_call_that_never_returns_is_abandoned_when_stopping(tiny_bundle
         except StationFailed as error:
             failures.append(str(error))
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     assert camera.grabbing.wait(60)
     station.stop()
@@ -355,7 +355,7 @@ def test_an_engine_fault_is_invalid_and_the_daemon_goes_on(tiny_bundle, tmp_path
     )
     station = Station(config, engine_for=lambda _config, bundle: EngineChoice(FaultyEngine(bundle.model), "test"))
     results = []
-    thread = threading.Thread(target=lambda: results.append(station.run()))
+    thread = threading.Thread(target=lambda: results.append(station.run()), daemon=True)
     thread.start()
     thread.join(60)
     (summary,) = results

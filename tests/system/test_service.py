@@ -102,7 +102,7 @@ def test_a_stuck_engine_stops_the_watchdog(tiny_bundle, tmp_path, notify_socket,
         state_dir=tmp_path / "state",
     )
     station = Station(config, engine_for=lambda _config, _bundle: EngineChoice(engine, "test"))
-    thread = threading.Thread(target=station.run)
+    thread = threading.Thread(target=station.run, daemon=True)
     thread.start()
     assert engine.stuck.wait(60)
     # What was under way may still be told; then there must be silence for many watchdog periods.
