@@ -6,7 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-os.environ.setdefault("PYLON_CAMEMU", "2")  # two emulated Basler cameras, before pypylon enumerates
+os.environ["PYLON_CAMEMU"] = "2"  # two emulated Basler cameras, before pypylon enumerates
+# Whatever the machine sets: servers on loopback are reached directly, messages are plain and whole, and no systemd
+# but the tests' own is told anything.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "*"
+os.environ["_TYPER_FORCE_DISABLE_TERMINAL"], os.environ["TERMINAL_WIDTH"] = "1", "200"
+for _name in (
+    "FORCE_COLOR",
+    "PY_COLORS",
+    "RUNTIME_DIRECTORY",
+    "STATE_DIRECTORY",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "CREDENTIALS_DIRECTORY",
+):
+    os.environ.pop(_name, None)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

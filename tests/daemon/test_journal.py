@@ -121,7 +121,7 @@ def test_a_journal_that_does_not_answer_makes_nobody_wait_and_catches_up(journal
         other.execute("ROLLBACK")
     later = record(2)
     made.submit(later)
-    wait_for(lambda: not made.lagging)
+    wait_for(lambda: not made.lagging and made.written == 2)
     assert dict(read_journal(made.path, Query()))[1] == b'{"sequence": 1, "journaled": false}'
     assert numbers(made.path) == [1, 2]
     assert events.counts()[EventKind.JOURNAL] >= 2, "that it is slow, and that it has caught up"
@@ -203,13 +203,13 @@ def test_old_verdicts_are_deleted_by_age(journal):
 
 
 def test_old_verdicts_are_deleted_by_size(journal):
-    made = journal(retention=Retention(days=1e5, largest_bytes=1 << 20))
+    made = journal(retention=Retention(days=1e5, largest_bytes=4 << 20))
     made.start()
-    for n in range(1, 1001):
+    for n in range(1, 3001):
         made.submit(record(n, pad=3000))
-    wait_for(lambda: made.written == 1000)
+    wait_for(lambda: made.written == 3000)
     wait_for(lambda: numbers(made.path)[0] > 500)
-    assert numbers(made.path)[-1] == 1000, "the newest stay"
+    assert numbers(made.path)[-1] == 3000, "the newest stay"
 
 
 def test_the_write_ahead_log_does_not_grow_for_ever(journal):
@@ -222,7 +222,7 @@ def test_the_write_ahead_log_does_not_grow_for_ever(journal):
         if n % 200 == 0:
             assert r.wait(60)
     wait_for(lambda: made.written == 20_000)
-    assert wal.stat().st_size < 80 << 20, "120 MB of verdicts went through it"
+    wait_for(lambda: wal.stat().st_size < 80 << 20)  # 120 MB of verdicts went through it
 
 
 def test_it_can_be_read_while_it_is_written(journal):

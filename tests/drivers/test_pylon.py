@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from drivers import pylon_output
 from drivers.camera import CameraError, CameraLost, DriverMissing, EndOfStream, Fires
 from drivers.counter import BlockIdCounter
 from drivers.frame import FrameStatus, PixelFormat
@@ -15,7 +16,7 @@ from drivers.pylon_output import PassLine, PassOutput
 
 pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
 
-QUICK = {"exposure_us": 100.0, "width": 64, "height": 48}
+QUICK = {"exposure_us": 100.0, "width": 64, "height": 48, "trigger_timeout_ms": 60_000}
 
 
 @pytest.fixture
@@ -131,6 +132,7 @@ def test_a_trigger_without_a_frame_is_a_timeout(opened):
     (frame,) = some_frames(camera, 1)
     assert frame.status is FrameStatus.TIMEOUT
     camera._camera.TriggerSelector.Value = "FrameStart"
+    camera._options = camera._options.model_copy(update={"trigger_timeout_ms": 60_000})
     (frame,) = some_frames(camera, 1)
     assert frame.status is FrameStatus.COMPLETE
 
@@ -160,7 +162,7 @@ class _Nothing:
 
 
 def test_a_late_frame_is_neither_the_next_triggers_nor_a_second_report(opened):
-    camera = opened(trigger="software", trigger_timeout_ms=50, features={"TestImageSelector": "Testimage2"})
+    camera = opened(trigger="software", trigger_timeout_ms=3000, features={"TestImageSelector": "Testimage2"})
     camera._camera = LateResults(camera._camera, late=2)
     frames = some_frames(camera, 5)
     assert [f.status for f in frames] == ["complete", "timeout", "complete", "complete", "complete"]
@@ -224,7 +226,8 @@ def test_a_missing_library_names_the_extra(monkeypatch):
         PylonCamera(PylonOptions(driver="pylon"))
 
 
-def test_the_output_line_is_energised_for_one_pulse_and_never_latched(opened):
+def test_the_output_line_is_energised_for_one_pulse_and_never_latched(opened, monkeypatch):
+    monkeypatch.setattr(pylon_output, "_TOO_LATE_S", 60)
     camera = opened(pass_output={"line": "Line3", "user_output": "UserOutput2", "pulse_ms": 30})
     device, seen = camera._camera, []
     assert (device.LineSelector.Value, device.LineMode.Value) == ("Line3", "Output")
@@ -246,6 +249,7 @@ def test_closing_ends_a_pulse_and_nothing_touches_the_device_after_it(opened, mo
     camera = opened(pass_output={"line": "Line3", "pulse_ms": 2000})
     device, line, switched, lost = camera._camera, camera._pass_line, [], []
     switch = PassLine._set
+    monkeypatch.setattr(pylon_output, "_TOO_LATE_S", 60)
     monkeypatch.setattr(PassLine, "_set", lambda self, on: (switch(self, on), switched.append(on)))
 
     def pulse():

@@ -49,7 +49,7 @@ def test_folding_is_exact(size, geometry):
     image = torch.randn(1, 3, geometry.image_height, geometry.image_width, dtype=torch.float64)
     with torch.inference_mode():
         for folded, plain in zip(FoldedEfficientAD(networks)(image), networks(image), strict=True):
-            torch.testing.assert_close(folded, plain, rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(folded, plain, rtol=1e-11, atol=1e-11)
 
 
 def test_folding_leaves_the_networks_as_they_are():
@@ -185,6 +185,7 @@ def test_cuda_takes_float16_where_the_calibration_trusts_it(bundle, monkeypatch,
 
 
 def test_a_precision_that_cannot_be_had_is_refused_with_what_can(bundle, monkeypatch):
+    monkeypatch.setattr(engine_cpu, "cpu_precisions", lambda: ["fp32", "bf16"])
     with pytest.raises(EngineUnavailable, match="not calibrated for it; train anew, or take fp32"):
         make_engine(replace(bundle, precisions={}), "cpu", precision="bf16")
     monkeypatch.setattr(engine_cpu, "cpu_precisions", lambda: ["fp32"])
@@ -192,6 +193,7 @@ def test_a_precision_that_cannot_be_had_is_refused_with_what_can(bundle, monkeyp
         make_engine(bundle, "cpu", precision="int8")
 
 
+@pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
 def test_each_precision_judges_by_its_own_threshold_and_says_so(bundle):
     by_float = Inspector(bundle, make_engine(bundle, "cpu", precision="fp32").engine)
     by_integers = Inspector(bundle, make_engine(bundle, "cpu", precision="int8").engine)

@@ -22,6 +22,7 @@ EMULATED = {
     "height": 96,
     "exposure_us": 100.0,
     "trigger": "software",
+    "trigger_timeout_ms": 60_000,
     # The emulator's test image does not change; a frozen picture is what the daemon would rightly refuse.
     "features": {"TestImageSelector": "Testimage2"},
 }
@@ -123,7 +124,7 @@ def test_a_pulled_cable_reopens_and_loses_no_number(tiny_bundle, tmp_path, trigg
 
 def test_the_daemon_lives_while_the_camera_is_away_and_says_so(line):
     bench = line({**EMULATED, "serial": "not-connected"}).start()
-    bench.receive_until(lambda: len(bench.health) >= 2)
+    bench.receive_until(lambda: bench.health and bench.health[-1]["camera"]["error"])
     last = bench.health[-1]
     assert last["state"] == "no_camera"
     assert not last["camera"]["connected"]
