@@ -112,7 +112,7 @@ def evaluate(
         bundle: to evaluate.
         dataset: in one of the layouts of `calibrate.layouts`.
         device: that runs the networks.
-        precision: of the CPU engine.
+        precision: of the engine.
         on_image: told how many of how many images are done.
 
     Raises DatasetError when the layout is not known or an image cannot be judged, EngineUnavailable.

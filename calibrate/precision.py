@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.dataset import PreparedImages
-from calibrate.layouts import DatasetError
 from calibrate.normalize import choose_threshold, map_quantiles, score_maps
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
@@ -77,17 +76,16 @@ def calibrate_precisions(
     found: dict[Precision, PrecisionCalibration] = {
         "fp32": PrecisionCalibration(bundle.quantiles, bundle.threshold, 0.0, infer_ms)
     }
-    for precision in reduced_precisions(options.device):
-        engine = engine_of(model, precision)
+    for precision in reduced_precisions("cpu" if options.device == "cpu" else "auto"):
         everything = itertools.chain((held_out[index] for index in range(len(held_out))), anomalies())
-        ours, infer_ms = _timed_maps(engine, everything)
-        on_good = ours[: len(held_out)]
         try:
+            ours, infer_ms = _timed_maps(engine_of(model, precision), everything)
+            on_good = ours[: len(held_out)]
             quantiles = map_quantiles(
                 on_good, scorer, options.quantile_levels, autoencoder=bundle.quantiles.ae_a is not None
             )
-        except DatasetError as error:
-            say(f"{precision} is left out: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever a device throws, float32 is there
+            say(f"{precision} is left out: {type(error).__name__}: {error}")
             continue
         scores = score_maps(ours, scorer, quantiles)
         threshold = choose_threshold(scores[: len(on_good)], options.false_reject_rate).value
@@ -100,13 +98,16 @@ def calibrate_precisions(
     return replace(bundle, model=model, precisions=dict(fastest_first))
 
 
-def check_precision(bundle: Bundle, engine: CalibratedEngine, image: Prepared, scorer: Scorer) -> float:
-    """Compare an engine with float32's on this machine, on an image with and without anomalies.
+def check_precision(
+    bundle: Bundle, engine: CalibratedEngine, image: Prepared, judged: float, scorer: Scorer
+) -> float:
+    """Compare an engine with the processor's float32, on an image with and without anomalies.
 
     Args:
         bundle: calibrated for the engine's precision.
         engine: to be checked.
-        image: (3, height, width), a prepared part.
+        image: (3, height, width), a part prepared by the processor.
+        judged: the engine's own score of that part, prepared by itself.
         scorer: knows the ignored areas.
 
     Returns:
@@ -118,7 +119,7 @@ def check_precision(bundle: Bundle, engine: CalibratedEngine, image: Prepared, s
     for side in (CpuEngine(bundle.model), engine):
         maps, _ = _timed_maps(side, images)
         scores.append(score_maps(maps, scorer, bundle.at(side.precision).quantiles))
-    return _largest_deviation(scores[1], scores[0])
+    return _largest_deviation(np.append(scores[1], judged), np.append(scores[0], scores[0][0]))
 
 
 def _largest_deviation(scores: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:

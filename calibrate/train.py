@@ -198,11 +198,11 @@ def with_precisions(
     options: TrainOptions,
     listener: Listener,
 ) -> Bundle:
-    """Calibrate the CPU engine's precisions, where OpenVINO is installed (a GPU's machine need not have it)."""
+    """Calibrate the precisions that this machine has; none on one that only trains, without OpenVINO."""
     try:
         from calibrate.precision import calibrate_precisions
     except ImportError as error:
-        listener.say(f"the CPU engine's precisions are not calibrated: {error}")
+        listener.say(f"precisions are not calibrated: {error}")
         return bundle
     calibrated = calibrate_precisions(bundle, held_out, maps, scorer, options, listener.say)
     for name, found in calibrated.precisions.items():

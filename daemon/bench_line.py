@@ -151,22 +151,22 @@ class LineResult:
 class BenchStation:
     """One station as a process, and a subscriber that keeps what it sends."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], *flags: str) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], *flags: str, maps: bool = False) -> None:
         """Start it.
 
         Args:
             folder: for its configuration, state and log.
-            config: without station, `publish.verdicts` and state.
+            config: without station, endpoints and state.
             flags: of this module's own command.
+            maps: publish and take them, too.
         """
         folder.mkdir(parents=True)
         self._log = folder / "station.log"
-        (port,) = free_ports(1)
-        endpoint = f"tcp://127.0.0.1:{port}"
+        ports = dict(zip(("verdicts", "maps") if maps else ("verdicts",), free_ports(2), strict=False))
+        publish = {name: f"tcp://127.0.0.1:{port}" for name, port in ports.items()}
         path = folder / "station.yaml"
         own = {"station": STATION, "state_dir": str(folder / "state")}
-        publish = {"verdicts": endpoint, **config.get("publish", {})}
-        path.write_text(yaml.safe_dump({**own, **config, "publish": publish}, sort_keys=False))
+        path.write_text(yaml.safe_dump({**own, "publish": publish, **config}, sort_keys=False))
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -253,9 +253,9 @@ class BenchStation:
 
 
 @contextmanager
-def bench_station(folder: Path, config: dict[str, Any], *flags: str) -> Iterator[BenchStation]:
+def bench_station(folder: Path, config: dict[str, Any], *flags: str, maps: bool = False) -> Iterator[BenchStation]:
     """Run a station for as long as it is measured."""
-    station = BenchStation(folder, config, *flags)
+    station = BenchStation(folder, config, *flags, maps=maps)
     try:
         yield station
     finally:
@@ -300,7 +300,7 @@ def bench_pipeline(
 def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames: int) -> dict[str, Any]:
     """Measure everything but the engine on pylon's emulated camera: as fast as frames are taken, and at a load.
 
-    At the load, what is not on the way to the verdict is added one by one: journal, maps, regions of NG parts.
+    At the load, journal, maps and the regions of NG parts are added one by one.
 
     Raises BenchFailed, DriverMissing.
     """
@@ -317,18 +317,17 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
     common = {**_QUIET, "model": model, "threshold": _ALL_OK}
     loaded = {**common, "camera": {**camera, "rate_fps": _INGEST_LOAD_FPS}, "on_overload": "invalid"}
     unlimited = {**camera, "features": {**features, "AcquisitionFrameRateEnable": False}}
-    (port,) = free_ports(1)
     sides: dict[str, dict[str, Any]] = {
         "nothing": {**loaded, "journal": False},
         "journal": loaded,
-        "journal, maps": {**loaded, "publish": {"maps": f"tcp://127.0.0.1:{port}"}},
+        "journal, maps": loaded,
         "journal, regions": {**loaded, "threshold": _ALL_NG},
         "journal, saturated": {**common, "camera": unlimited, "on_overload": "wait"},
     }
     results = []
     for name, config in sides.items():
         load_fps = None if config["on_overload"] == "wait" else _INGEST_LOAD_FPS
-        with bench_station(folder / name, config, "--null-engine") as station:
+        with bench_station(folder / name, config, "--null-engine", maps="maps" in name) as station:
             count = frames if load_fps is None else min(frames, _LOADED_FRAMES)
             results.append({"with": name, **_result(station.measure(count, _INGEST_WARM_UP), load_fps)})
     return {"machine": describe_machine(), "results": results}

@@ -13,7 +13,7 @@ from drivers.catalog import make_camera
 from drivers.frame import Frame
 from pipeline.bundle import Bundle, read_bundle
 from pipeline.engine import CalibratedEngine, Engine
-from pipeline.inspect import Inspector
+from pipeline.inspect import Inspection, Inspector
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer
 
@@ -56,7 +56,7 @@ def check_station(config: StationConfig) -> Iterator[str]:
     if inspection.reason is not None:
         raise CheckFailed(f"the frame is INVALID/{inspection.reason.value}: {inspection.detail}")
     if (engine.device, engine.precision) != ("cpu", "fp32"):
-        yield _check_precision(bundle, engine, frame)
+        yield _check_precision(bundle, engine, frame, inspection)
     judged_by = inspector.bundle
     yield f"threshold: {inspector.threshold:.4f}, calibration {judged_by.calibration_id}"
     yield (
@@ -65,18 +65,19 @@ def check_station(config: StationConfig) -> Iterator[str]:
     )
 
 
-def _check_precision(bundle: Bundle, engine: Engine, frame: Frame) -> str:
+def _check_precision(bundle: Bundle, engine: Engine, frame: Frame, inspection: Inspection) -> str:
     """Hold the engine against float32 on this machine's processor. Raises CheckFailed."""
     from calibrate.precision import check_precision
 
     assert frame.image is not None
     assert frame.pixel_format is not None
+    assert inspection.score is not None
     model = bundle.model
     prepared = Preprocessor(model.preprocess)(frame.image, frame.pixel_format)
     scorer = Scorer(model.geometry, model.preprocess.ignored_in_roi())
     # All that a configuration can name take prepared images, too.
-    deviation = check_precision(bundle, cast(CalibratedEngine, engine), prepared, scorer)
-    if deviation > 1:
+    deviation = check_precision(bundle, cast(CalibratedEngine, engine), prepared, inspection.score, scorer)
+    if not deviation <= 1:  # NaN is no agreement
         instead = "device: cpu" if engine.precision == "fp32" else "precision: fp32"
         raise CheckFailed(
             f"precision {engine.precision}: scores differ from float32's by {deviation:.0%} of what is tolerated; "

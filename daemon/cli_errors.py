@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import typer
@@ -77,7 +77,8 @@ def clear_errors() -> Iterator[None]:
 def leaving_at_the_end() -> Iterator[None]:
     """End the process after a station has run, also with a thread left in a vendor's call.
 
-    Everything is closed by then. Python's own ending would unwind such a thread through C++, which aborts.
+    All but that call's device is closed by then. Python's own ending would unwind such a thread through C++, which
+    aborts the process.
     """
     code = EXIT_FAILED
     try:
@@ -92,8 +93,9 @@ def leaving_at_the_end() -> Iterator[None]:
         raise
     finally:
         if threading.active_count() > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):  # nobody reads it any more
+                    stream.flush()
             os._exit(code)
 
 

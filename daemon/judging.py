@@ -89,8 +89,8 @@ class Judging:
 
     def held_slots(self) -> list[Slot]:
         """Return the slots that this generation holds."""
-        held = [self._previous] if self._previous is not None else []
-        return held + ([self.current.slot] if self.current is not None else [])
+        previous, current = self._previous, self.current  # its thread may come back at this very moment
+        return ([] if previous is None else [previous]) + ([] if current is None else [current.slot])
 
     def _now_judging(self, inspector: Inspector) -> None:
         bundle, engine = inspector.bundle, inspector.engine

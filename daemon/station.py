@@ -419,9 +419,11 @@ class Station:
         grabber = self._workers["acquisition"]
         if self._stop_wanted:
             return
+        if self._line.state.connected:
+            self._hangs_without_camera = 0
         if grabber.is_alive():
             if self._acquisition.call.hangs(hang_s):
-                self._hangs_without_camera = 1 if self._line.state.connected else self._hangs_without_camera + 1
+                self._hangs_without_camera += 1
                 self._abandon_acquisition()
                 failure = TimeoutError(f"a driver call took longer than {hang_s:g} s")
                 if self._hangs_without_camera == _HANGS_WITHOUT_CAMERA:

@@ -61,7 +61,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionCalibration:
-    """What belongs to a precision of the CPU engine, taken from the very same images as float32's."""
+    """What belongs to a precision of an engine, taken from the very same images as float32's."""
 
     quantiles: Quantiles
     threshold: float
@@ -95,7 +95,7 @@ class Bundle:
     teacher: Mapping[str, Any] = field(default_factory=dict)
     """Where the teacher comes from, in words and numbers."""
     precisions: Mapping[Precision, PrecisionCalibration] = field(default_factory=dict)
-    """For the CPU engine's precisions, the fastest first; `quantiles` and `threshold` above are float32's."""
+    """Of the machine that calibrated, the fastest first; `quantiles` and `threshold` above are float32's."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """How the threshold came about."""
     training: Mapping[str, Any] = field(default_factory=dict)

@@ -47,18 +47,19 @@ class CudaEngine:
         self._maps = torch.zeros(2, g.map_height, g.map_width, pin_memory=True)
         self._preprocess = CudaPreprocessor(model.preprocess, cupy.from_dlpack(self._input[0]))
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._borrowed = cupy.cuda.ExternalStream(self._stream.cuda_stream)
         self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._teaching = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._arrived = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._prepared = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         # What was filled on the default stream is there before our own streams, which do not wait by themselves.
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
         self._graph = self._capture()
 
     def warm_up(self) -> None:
         """Run once on what lies in the input."""
         with self._queueing():
-            self._graph.replay()
+            self._replay()
         self._stream.synchronize()
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
@@ -68,7 +69,7 @@ class CudaEngine:
             self._arrived.record()
             self._preprocess(image, fmt)
             self._prepared.record()
-            self._graph.replay()
+            self._replay()
         maps = self._take_maps()
         took_ns = time.perf_counter_ns() - start_ns
         preprocess_ns = round(self._arrived.elapsed_time(self._prepared) * 1e6)
@@ -78,22 +79,24 @@ class CudaEngine:
         """Compute the raw maps of one prepared image, (map_height, map_width) each."""
         with self._queueing():
             self._input.copy_(torch.from_numpy(prepared)[None])
-            self._graph.replay()
+            self._replay()
         st, ae = self._take_maps()
         return st, ae
 
     @contextmanager
     def _queueing(self) -> Iterator[None]:
         # torch owns the stream, CuPy borrows it, so that both queue their work in one order.
-        with torch.cuda.stream(self._stream), cupy.cuda.ExternalStream(self._stream.cuda_stream):
+        with torch.cuda.stream(self._stream), self._borrowed:
             yield
+
+    def _replay(self) -> None:
+        # Should a graph ever end without its copy, the part is INVALID and not judged by the maps before it.
+        self._maps.fill_(torch.nan)
+        self._graph.replay()
 
     def _take_maps(self) -> NDArray[np.float32]:
         self._stream.synchronize()
-        maps = self._maps.numpy().copy()
-        # Should a graph ever end without its copy, the part is INVALID and not judged by the maps before it.
-        self._maps.fill_(torch.nan)
-        return maps
+        return self._maps.numpy().copy()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -117,7 +120,7 @@ class CudaEngine:
         image = self._input.to(_TYPES[self.precision], memory_format=torch.channels_last)
         self._beside.wait_stream(main)
         with torch.cuda.stream(self._beside):
-            predicted = networks.predict(image)
+            predicted = networks.predict(self._input)
 
         def tile_maps(tile: Tile) -> tuple[Tensor, Tensor]:
             piece = image[:, :, tile.y_px, tile.x_px]

@@ -41,7 +41,7 @@ def make_engine(
         device: only `auto` falls back to the CPU.
         threads: of the CPU engine; None: one for each core.
         precision: of the convolutions; `auto` is the fastest that the device has and whose scores stayed within the
-            tolerance when the bundle was calibrated.
+            tolerance when the bundle was calibrated; on CUDA float16 counts as faster than float32.
         pin_threads: bind each of the CPU engine's threads to a core of its own.
 
     Raises EngineUnavailable when what is asked for cannot be had.
@@ -49,19 +49,14 @@ def make_engine(
     on_cuda, because = resolve_device(device)
     able: list[Precision] = ["fp32", "fp16"] if on_cuda else _cpu().cpu_precisions()
     chosen, why = _precision(bundle, precision, able)
-    engine = (
-        _cuda_engine(bundle.model, chosen)
-        if on_cuda
-        else _cpu().CpuEngine(bundle.model, threads, chosen, pin_threads=pin_threads)
-    )
+    engine = _engine(bundle.model, chosen, on_cuda, threads, pin_threads=pin_threads)
     return EngineChoice(engine, f"{because}; {chosen}: {why}")
 
 
 def make_float_engine(model: Model, device: DeviceChoice = "auto") -> CalibratedEngine:
     """Make the float32 engine of a model that need not be calibrated. Raises EngineUnavailable."""
     on_cuda, _ = resolve_device(device)
-    engine: CalibratedEngine = _cuda_engine(model, "fp32") if on_cuda else _cpu().CpuEngine(model)
-    return engine
+    return _engine(model, "fp32", on_cuda)
 
 
 def reduced_precisions(device: DeviceChoice = "auto") -> list[Precision]:
@@ -72,16 +67,18 @@ def reduced_precisions(device: DeviceChoice = "auto") -> list[Precision]:
 
 def engine_of(model: Model, precision: Precision) -> CalibratedEngine:
     """Make the engine that a reduced precision belongs to."""
-    engine: CalibratedEngine = (
-        _cuda_engine(model, precision) if precision == "fp16" else _cpu().CpuEngine(model, precision=precision)
-    )
+    return _engine(model, precision, precision == "fp16")
+
+
+def _engine(
+    model: Model, precision: Precision, on_cuda: bool, threads: int | None = None, *, pin_threads: bool = False
+) -> CalibratedEngine:
+    if on_cuda:
+        from pipeline.engine_cuda import CudaEngine
+
+        return CudaEngine(model, precision)
+    engine: CalibratedEngine = _cpu().CpuEngine(model, threads, precision, pin_threads=pin_threads)
     return engine
-
-
-def _cuda_engine(model: Model, precision: Precision) -> CalibratedEngine:
-    from pipeline.engine_cuda import CudaEngine
-
-    return CudaEngine(model, precision)
 
 
 def _cpu() -> Any:
@@ -106,7 +103,7 @@ def _precision(bundle: Bundle, wanted: PrecisionChoice, able: list[Precision]) -
     calibrated = {n: f for n, f in bundle.precisions.items() if n != "int8" or bundle.model.ranges}
     if wanted == "auto":
         fit = (name for name, found in calibrated.items() if found.trusted and name in able)
-        return next(fit, "fp32"), "the fastest here that the calibration trusts"
+        return next(fit, "fp32"), "the fastest that the calibration trusts"
     if wanted not in able:
         raise EngineUnavailable(f"precision: {wanted} was asked for, but this device has {', '.join(able)} only")
     if wanted != "fp32" and wanted not in calibrated:

@@ -151,10 +151,13 @@ class EfficientAD(nn.Module):
 
 
 def run_autoencoder(network: nn.Module, image: Tensor, geometry: Geometry) -> Tensor:
-    """Show an autoencoder the whole image at its own size; returns (N, channels, map_height, map_width)."""
+    """Show an autoencoder the whole image at its own size; returns (N, channels, map_height, map_width).
+
+    The image is shrunk in its own type, then takes the network's.
+    """
     if image.shape[-2:] != (AUTOENCODER_PX, AUTOENCODER_PX):
         image = F.interpolate(image, size=(AUTOENCODER_PX, AUTOENCODER_PX), mode="bilinear", antialias=True)
-    features: Tensor = network(image)
+    features: Tensor = network(image.to(next(network.parameters()).dtype))
     grid = (geometry.map_height, geometry.map_width)
     if features.shape[-2:] != grid:
         features = F.interpolate(features, size=grid, mode="bilinear")
@@ -167,7 +170,8 @@ def maps_by_tiles(geometry: Geometry, tile_maps: Callable[[Tile], tuple[Tensor, 
     first, _ = found[0][1]
     if len(found) == 1:
         return found[0][1]
-    map_st, map_ae = first.new_empty(2, first.shape[0], geometry.map_height, geometry.map_width)
+    grid = (first.shape[0], geometry.map_height, geometry.map_width)
+    map_st, map_ae = first.new_empty(grid), first.new_empty(grid)
     for tile, maps in found:
         cells = (slice(None), tile.rows, tile.columns)
         map_st[cells], map_ae[cells] = maps

@@ -8,11 +8,13 @@ import pytest
 from calibrate import precision as calibrating
 from calibrate.dataset import PreparedImages
 from calibrate.layouts import ImageFile
+from calibrate.normalize import score_maps
 from calibrate.options import TrainOptions
 from calibrate.precision import calibrate_precisions, check_precision, paste_anomaly
 from calibrate.train import raw_maps
 from drivers.replay import list_images
 from pipeline.bundle import read_bundle
+from pipeline.engine import RawMaps
 from pipeline.engine_cpu import CpuEngine, cpu_precisions
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer
@@ -67,11 +69,30 @@ def test_ranges_that_cut_anomalies_off_are_found_out(bundle, held_out, monkeypat
     assert not wrong.trusted
 
 
+def test_an_engine_that_fails_costs_its_precision_and_not_the_training(bundle, held_out, monkeypatch):
+    def broken(_model, _precision):
+        raise RuntimeError("out of memory")
+
+    files, prepared = held_out
+    options = TrainOptions(dataset=files[0].path.parent, out=files[0].path.parent)
+    monkeypatch.setattr(calibrating, "engine_of", broken)
+    monkeypatch.setattr(calibrating, "reduced_precisions", lambda _device: ["fp16"])
+    maps, said = raw_maps(bundle.model, files, options), []
+    found = calibrate_precisions(bundle, prepared, maps, Scorer(bundle.model.geometry), options, said.append)
+    assert set(found.precisions) == {"fp32"}
+    assert said == ["fp16 is left out: RuntimeError: out of memory"]
+
+
 @needs_int8
 def test_the_check_on_another_machine_sees_what_differs_there(bundle, held_out):
     _, prepared = held_out
     scorer = Scorer(bundle.model.geometry)
-    assert check_precision(bundle, CpuEngine(bundle.model, precision="int8"), prepared[0], scorer) < 1
+    engine = CpuEngine(bundle.model, precision="int8")
+    maps = [RawMaps(*engine.infer(prepared[0]), 0, 0)]
+    (judged,) = score_maps(maps, scorer, bundle.at("int8").quantiles)
+    assert check_precision(bundle, engine, prepared[0], judged, scorer) < 1
+    assert check_precision(bundle, engine, prepared[0], judged + 1, scorer) > 1, "it prepares the frame otherwise"
+    assert np.isnan(check_precision(bundle, engine, prepared[0], np.nan, scorer))
     cut_off = {name: largest / 50 for name, largest in bundle.model.ranges.items()}
     other = CpuEngine(replace(bundle.model, ranges=cut_off), precision="int8")
-    assert check_precision(bundle, other, prepared[0], scorer) > 1
+    assert check_precision(bundle, other, prepared[0], judged, scorer) > 1

@@ -125,6 +125,10 @@ _, _, cuda = model_and_engine()
 image = np.zeros((256, 256), np.uint8)
 cuda.raw_maps(image, PixelFormat.MONO8)
 cupy.RawKernel('extern "C" __global__ void broken(int* at) { *at = 1; }', "broken")((1,), (1,), (np.uintp(8),))
+try:
+    cupy.cuda.runtime.deviceSynchronize()
+except Exception:
+    print("the context is lost")
 for _ in range(3):
     try:
         cuda.raw_maps(image, PixelFormat.MONO8)

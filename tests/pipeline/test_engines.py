@@ -176,7 +176,9 @@ def test_auto_is_the_fastest_that_is_trusted_and_there(bundle, monkeypatch, able
 def test_cuda_takes_float16_where_the_calibration_trusts_it(bundle, monkeypatch, deviation, wanted, chosen):
     asked = []
     monkeypatch.setattr(engines, "resolve_device", lambda _device: (True, "found"))
-    monkeypatch.setattr(engines, "_cuda_engine", lambda _model, precision: asked.append(precision))
+    monkeypatch.setattr(
+        engines, "_engine", lambda _model, precision, _cuda, *_rest, **_more: asked.append(precision)
+    )
     bundle = replace(bundle, precisions={"fp16": calibrated(deviation), **bundle.precisions})
     make_engine(bundle, "cuda", precision=wanted)
     assert asked == [chosen]
