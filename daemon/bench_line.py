@@ -162,8 +162,10 @@ class BenchStation:
         """
         folder.mkdir(parents=True)
         self._log = folder / "station.log"
-        ports = dict(zip(("verdicts", "maps") if maps else ("verdicts",), free_ports(2), strict=False))
-        publish = {name: f"tcp://127.0.0.1:{port}" for name, port in ports.items()}
+        kinds = ("verdicts", "maps") if maps else ("verdicts",)
+        publish = {
+            kind: f"tcp://127.0.0.1:{port}" for kind, port in zip(kinds, free_ports(len(kinds)), strict=True)
+        }
         path = folder / "station.yaml"
         own = {"station": STATION, "state_dir": str(folder / "state")}
         path.write_text(yaml.safe_dump({**own, "publish": publish, **config}, sort_keys=False))
