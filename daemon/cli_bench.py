@@ -190,9 +190,8 @@ def _stage_bars(title: str, results: list[dict[str, Any]]) -> Bars:
     stages = ["grab", "queue", "preprocess", "infer", "publish", "total"]
     series = {}
     for result in results:
-        name = "saturated" if result["saturated"] else f"{result['load_fps']:.3g} frames/s"
-        name = result.get("with", name)
-        series[name] = [result[stage]["p50_ms"] for stage in stages]
+        load = "saturated" if result["saturated"] else f"{result['load_fps']:.3g} frames/s"
+        series[result.get("with", load)] = [result[stage]["p50_ms"] for stage in stages]
     return Bars(title, "median, ms", stages, series)
 
 

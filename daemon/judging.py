@@ -114,13 +114,13 @@ class Judging:
             if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
                 self._too_late(entry, inspection)
         self._tap(entry, image, inspection)
-        # One frame later than its verdict: the check for frozen frames still compares with this one.
         if self.abandoned:
             raise Closed
         self.current = None
         if inspection is None:  # nobody looked at it, so nobody compares with it
             self._ring.give_back(item.slot)
             return
+        # One frame later than its verdict: the check for frozen frames still compares with this one.
         previous, self._previous = self._previous, item.slot
         if previous is not None:
             self._ring.give_back(previous)

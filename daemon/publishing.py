@@ -210,8 +210,10 @@ class Publishing:
                 inspection.score,
                 encode(self._message(entry, inspection, latency, journaled=True)),
             )
-            self._journal.submit(record)
+        # Remembered before it is submitted: should this thread fail in between, its successor does not do it again.
         entry.draft = draft = Draft(inspection, latency, record)
+        if self._journal is not None and record is not None:
+            self._journal.submit(record)
         return draft
 
     def _journaled(self, entry: Entry, draft: Draft) -> bytes:

@@ -138,6 +138,13 @@ def test_an_engine_that_keeps_failing_is_built_anew(faulty):
     assert_kept(line)
 
 
+def unheard(station, model, state_dir, **more):
+    """Configure a station in this process that nobody listens to."""
+    publish = PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"])
+    camera = SyntheticOptions()
+    return StationConfig(station=station, camera=camera, model=model, publish=publish, state_dir=state_dir, **more)
+
+
 def run_and_listen(station, endpoint):
     """Run a station in this process; return what a subscriber heard, by topic, and the summary."""
     heard, results = collections.defaultdict(list), []
@@ -277,14 +284,7 @@ def test_a_camera_that_never_comes_back_ends_the_process_for_systemd(tiny_bundle
         def close(self):
             pass
 
-    config = StationConfig(
-        station="busy",
-        camera=SyntheticOptions(),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
-        supervision=SupervisionConfig(hang_s=2),
-        state_dir=tmp_path,
-    )
+    config = unheard("busy", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=2))
     station = Station(config, camera_for=lambda _settings: HungThenBusy())
     with pytest.raises(StationFailed, match="the device is in use"):
         station.run()
@@ -367,13 +367,7 @@ def test_too_many_failures_end_the_process_and_leave_nothing_open(tiny_bundle, t
         def grab(self, timeout_s):
             raise RuntimeError("a fault in the driver")
 
-    config = StationConfig(
-        station="broken",
-        camera=SyntheticOptions(),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
-        state_dir=tmp_path,
-    )
+    config = unheard("broken", tiny_bundle, tmp_path)
     station = Station(config, camera_for=lambda settings: Broken(settings.camera))
     with pytest.raises(StationFailed, match="acquisition thread failed too often: a fault in the driver"):
         station.run()
@@ -432,14 +426,7 @@ class DeafCamera(StubbornCamera):
 
 
 def test_drivers_that_hang_one_after_the_other_end_the_process(tiny_bundle, tmp_path):
-    config = StationConfig(
-        station="deaf",
-        camera=SyntheticOptions(),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
-        supervision=SupervisionConfig(hang_s=0.2),
-        state_dir=tmp_path,
-    )
+    config = unheard("deaf", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.2))
     station = Station(config, camera_for=lambda _settings: DeafCamera())
     with pytest.raises(StationFailed, match="5 times without a camera in between"):
         station.run()
