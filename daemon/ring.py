@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,17 +11,21 @@ from numpy.typing import NDArray
 
 from drivers.frame import Image
 
+Memory = NDArray[np.uint8]
+
 
 @dataclass(eq=False, slots=True)
 class Slot:
     """Memory for one frame; it grows to the largest frame it has seen and is then reused as it is."""
 
-    memory: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    allocate: Callable[[int], Memory]
+    """Gives so many bytes."""
+    memory: Memory = field(default_factory=lambda: np.empty(0, np.uint8))
 
     def store(self, image: Image) -> Image:
         """Copy an image in and return the view of the copy."""
         if self.memory.nbytes < image.nbytes:
-            self.memory = np.empty(image.nbytes, np.uint8)
+            self.memory = self.allocate(image.nbytes)
         view: Image = self.memory[: image.nbytes].view(image.dtype).reshape(image.shape)
         np.copyto(view, image)
         return view
@@ -29,8 +34,10 @@ class Slot:
 class FrameRing:
     """A fixed number of slots, leased by acquisition and given back once their frame is judged."""
 
-    def __init__(self, slots: int) -> None:
-        self._free = [Slot() for _ in range(slots)]
+    def __init__(self, slots: int, allocate: Callable[[int], Memory]) -> None:
+        """Prepare; `allocate` gives a slot so many bytes when its first frame comes, or a larger one."""
+        self._allocate = allocate
+        self._free = [Slot(allocate) for _ in range(slots)]
         self._changed = threading.Condition()
 
     def lease(self, timeout_s: float) -> Slot | None:
@@ -45,6 +52,10 @@ class FrameRing:
         with self._changed:
             self._free.append(slot)
             self._changed.notify()
+
+    def replace(self) -> None:
+        """Add a slot for one that whoever leased it will never let go."""
+        self.give_back(Slot(self._allocate))
 
     @property
     def free_slots(self) -> int:

@@ -33,7 +33,7 @@ from daemon.notify import Notifier
 from daemon.passing import Passing
 from daemon.publishing import Publishing
 from daemon.reload import ReloadRefused, check_changes
-from daemon.ring import FrameRing, Slot
+from daemon.ring import FrameRing
 from daemon.sequence import SequenceFile
 from daemon.serving import Serving
 from daemon.sockets import Context
@@ -42,7 +42,7 @@ from daemon.tally import Summary, Tally, summarise
 from drivers.camera import Camera, Fires
 from drivers.catalog import make_camera
 from pipeline.bundle import Bundle, read_bundle
-from pipeline.engines import EngineChoice, EngineUnavailable
+from pipeline.engines import EngineChoice, EngineUnavailable, frame_memory
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 
 _HEALTH_PERIOD_S = 1.0
@@ -146,7 +146,7 @@ class Station:
         config = self._config
         self._bundle = read_bundle(config.model)
         self._ledger = Ledger(sequences, self.tally, self._deadline_ms)
-        self._ring = FrameRing(config.slots)
+        self._ring = FrameRing(config.slots, frame_memory(config.device))
         self._line = Line(self._ledger, self._ring, self._engine_channel())
         self._journal = self._make_journal()
         self._archive = self._make_archive()
@@ -477,7 +477,10 @@ class Station:
             self._ledger.settle(current.entry, lost)
         for slot in judging.held_slots():
             # A hung call may still read or write its slots when it comes back: they are not used again.
-            self._ring.give_back(Slot() if hung else slot)
+            if hung:
+                self._ring.replace()
+            else:
+                self._ring.give_back(slot)
         self._start_later("engine", failure, self._begin_engine)
 
     def _start_later(self, name: str, failure: BaseException, begin: Callable[[], None]) -> None:

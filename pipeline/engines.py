@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.bundle import Bundle, Model
 from pipeline.engine import CalibratedEngine, Engine, Precision
@@ -68,6 +71,18 @@ def reduced_precisions(device: DeviceChoice = "auto") -> list[Precision]:
 def engine_of(model: Model, precision: Precision) -> CalibratedEngine:
     """Make the engine that a reduced precision belongs to."""
     return _engine(model, precision, precision == "fp16")
+
+
+def frame_memory(device: DeviceChoice) -> Callable[[int], NDArray[np.uint8]]:
+    """Return what allocates the memory that an engine takes frames from, so many bytes.
+
+    Where frames go to a GPU it is page-locked: the copy then runs at the bus's speed and beside the processor.
+
+    Raises EngineUnavailable.
+    """
+    if not resolve_device(device)[0]:
+        return lambda size: np.empty(size, np.uint8)
+    return lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def _engine(

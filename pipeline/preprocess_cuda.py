@@ -168,7 +168,7 @@ class CudaPreprocessor:
         self._prepared: dict[tuple[PixelFormat, tuple[int, ...]], tuple[Any, Any, list[Any]]] = {}
 
     def __call__(self, image: Image, fmt: PixelFormat) -> None:
-        """Queue copy and kernel for one frame. Raises FormatMismatch."""
+        """Queue copy and kernel for one frame, which must not change until they are done. Raises FormatMismatch."""
         if not fmt.fits(image):
             raise FormatMismatch(f"{image.shape} {image.dtype} is not {fmt.value}")
         key = (fmt, image.shape)
@@ -176,7 +176,19 @@ class CudaPreprocessor:
             self._prepared[key] = self._prepare(image, fmt)
         kernel, raw, arguments = self._prepared[key]
         area = self._spec.area(image.shape[1], image.shape[0])
-        raw.set(np.ascontiguousarray(image[area.y : area.y + area.height, area.x : area.x + area.width]))
+        whole = np.ascontiguousarray(image)
+        # From row to row, so that a region of interest is not copied together on the host first.
+        row_bytes = raw.nbytes // area.height
+        self._cupy.cuda.runtime.memcpy2DAsync(
+            raw.data.ptr,
+            row_bytes,
+            whole[area.y :, area.x :].ctypes.data,
+            whole.strides[0],
+            row_bytes,
+            area.height,
+            self._cupy.cuda.runtime.memcpyHostToDevice,
+            self._cupy.cuda.get_current_stream().ptr,
+        )
         height, width = self._out.shape[1:]
         grid = (-(-width // _BLOCK[0]), -(-height // _BLOCK[1]))
         kernel(grid, _BLOCK, (raw, *arguments, self._out, np.int32(width), np.int32(height)))

@@ -10,7 +10,7 @@ from daemon.judging import Judging
 from daemon.ring import FrameRing
 from drivers.frame import Frame, FrameStatus, PixelFormat
 from pipeline.bundle import read_bundle
-from pipeline.engines import make_engine
+from pipeline.engines import frame_memory, make_engine
 from pipeline.inspect import Inspector
 from pipeline.plausible import PlausibleLimits
 
@@ -18,7 +18,7 @@ from pipeline.plausible import PlausibleLimits
 @pytest.mark.parametrize("late", [(), (1, 3), (0, 1, 2), (2, 3)])
 def test_a_late_frame_does_not_make_the_next_one_look_frozen(tiny_bundle, rng, late):
     """The ring hands out the slot that came back last; it must not be what the next frame is compared with."""
-    bundle, ring, reasons = read_bundle(tiny_bundle), FrameRing(3), []
+    bundle, ring, reasons = read_bundle(tiny_bundle), FrameRing(3, frame_memory("cpu")), []
     inspector = Inspector(bundle, make_engine(bundle, "cpu").engine, limits=PlausibleLimits(frozen_frames=2))
     books = SimpleNamespace(
         settle=lambda _entry, found, **_rest: reasons.append(found.reason) or True, judged_by=None

@@ -9,6 +9,7 @@ import torch
 
 from drivers.frame import PixelFormat
 from pipeline.bundle import Model
+from pipeline.engines import frame_memory
 from pipeline.folded import FoldedEfficientAD
 from pipeline.geometry import Geometry
 from pipeline.preprocess import Preprocessor, PreprocessSpec
@@ -73,6 +74,20 @@ def test_the_graph_gives_the_networks_own_maps(size, geometry, precision, rng):
         assert on_cuda.preprocess_ns > 0
         assert on_cuda.infer_ns > 0
         check_maps(cuda.infer(preprocess(image, fmt)), wanted, precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_frames_are_taken_from_page_locked_memory_and_from_any_other(device, rng):
+    networks, preprocess, cuda = model_and_engine()
+    memory = frame_memory(device)(300 * 400)
+    assert torch.from_numpy(memory).is_pinned() == (device == "cuda")
+    image = memory.reshape(300, 400)
+    for _ in range(3):
+        image[:] = rng.integers(0, 256, image.shape)
+        found = cuda.raw_maps(image, PixelFormat.MONO8)
+        wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
+        check_maps((found.student_teacher, found.autoencoder), wanted, "fp32")
 
 
 @pytest.mark.gpu
