@@ -50,20 +50,26 @@ __device__ static int colour_at(const Frame& f, int y, int x) {
 }
 
 // Bilinear demosaicing with rounding; the outermost pixels repeat their inner neighbours.
-__device__ static float demosaiced(const Frame& f, int y, int x, int c) {
+__device__ static void demosaic(const Frame& f, int y, int x, float* rgb) {
     y = min(max(y, 1), f.height - 2);
     x = min(max(x, 1), f.width - 2);
     const int own = colour_at(f, y, x);
-    if (own == c) return sample(f, y, x, 0);
-    if (own != 1 && c != 1) {
-        const float sum = sample(f, y - 1, x - 1, 0) + sample(f, y - 1, x + 1, 0)
-                        + sample(f, y + 1, x - 1, 0) + sample(f, y + 1, x + 1, 0);
-        return floorf((sum + 2.0f) * 0.25f);
-    }
+    const bool red_beside = colour_at(f, y, x + 1) == 0;
     const float across = sample(f, y, x - 1, 0) + sample(f, y, x + 1, 0);
     const float along = sample(f, y - 1, x, 0) + sample(f, y + 1, x, 0);
-    if (c == 1) return floorf((across + along + 2.0f) * 0.25f);
-    return floorf(((colour_at(f, y, x + 1) == c ? across : along) + 1.0f) * 0.5f);
+    const float centre = sample(f, y, x, 0);
+    if (own == 1) {
+        const float beside_it = floorf((across + 1.0f) * 0.5f), below_it = floorf((along + 1.0f) * 0.5f);
+        rgb[0] = red_beside ? beside_it : below_it;
+        rgb[1] = centre;
+        rgb[2] = red_beside ? below_it : beside_it;
+    } else {
+        const float corners = floorf((sample(f, y - 1, x - 1, 0) + sample(f, y - 1, x + 1, 0)
+                                    + sample(f, y + 1, x - 1, 0) + sample(f, y + 1, x + 1, 0) + 2.0f) * 0.25f);
+        rgb[0] = own == 0 ? centre : corners;
+        rgb[1] = floorf((across + along + 2.0f) * 0.25f);
+        rgb[2] = own == 0 ? corners : centre;
+    }
 }
 
 extern "C" __global__ void preprocess(
@@ -80,7 +86,6 @@ extern "C" __global__ void preprocess(
     const Frame f = {raw, dark, gain, ignored, width, height,
                      kind, colours, is_bgr, max_value, ignored_value};
     float sums[3] = {0.0f, 0.0f, 0.0f};
-    const int channels = kind == MONO ? 1 : 3;
     for (int ky = 0; ky < taps_y; ++ky) {
         const float wy = weights_y[oy * taps_y + ky];
         if (wy == 0.0f) continue;
@@ -90,13 +95,15 @@ extern "C" __global__ void preprocess(
             const float wx = weights_x[ox * taps_x + kx];
             if (wx == 0.0f) continue;
             const int x = start_x[ox] + kx;
-            for (int c = 0; c < channels; ++c)
-                row[c] += wx * (kind == BAYER ? demosaiced(f, y, x, c) : sample(f, y, x, c));
+            float pixel[3];  // all indices are constants, so that it stays in registers
+            if (kind == BAYER) demosaic(f, y, x, pixel);
+            else for (int c = 0; c < 3; ++c) pixel[c] = kind == COLOUR || c == 0 ? sample(f, y, x, c) : pixel[0];
+            for (int c = 0; c < 3; ++c) row[c] += wx * pixel[c];
         }
-        for (int c = 0; c < channels; ++c) sums[c] += wy * row[c];
+        for (int c = 0; c < 3; ++c) sums[c] += wy * row[c];
     }
     for (int c = 0; c < 3; ++c) {
-        const float shade = sums[kind == MONO ? 0 : c] / max_value;
+        const float shade = sums[c] / max_value;
         out[(c * out_height + oy) * out_width + ox] = shade * scale[c] - offset[c];
     }
 }
