@@ -13,7 +13,7 @@ import torch
 from calibrate.augment import augment
 from calibrate.options import TrainOptions
 from calibrate.teacher import find_teacher
-from calibrate.train import device_of, good_images, resolve_precision
+from calibrate.train import Listener, device_of, good_images, resolve_precision
 from calibrate.trainer import WEIGHT_DECAY, Trainer
 from drivers.replay import decode_image, format_of
 from pipeline.machine import describe_machine
@@ -85,7 +85,7 @@ def bench_train(options: TrainOptions, steps: int, on_round: Callable[[int, int]
     device = device_of(options.device)
     precision = resolve_precision(options.precision, device)
     preprocess = Preprocessor(options.preprocess)
-    good = good_images(options, preprocess)
+    good = good_images(options, preprocess, Listener())
     trainer = Trainer(options, good, preprocess, device, precision)
     trainer.prepare_teacher(find_teacher(options.teacher, options.size, options.seed))
     reference = _Straightforward(trainer, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Progress:
     """Steps done."""
     settings: dict[str, Any]
     """Everything that determines the run."""
+    losses: list[list[float]] = field(default_factory=list)
+    """Step and mean loss terms on the way."""
 
 
 def save_checkpoint(folder: Path, model: EfficientAD, optimizer: torch.optim.Adam, progress: Progress) -> None:
@@ -38,7 +40,11 @@ def save_checkpoint(folder: Path, model: EfficientAD, optimizer: torch.optim.Ada
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"optimizer.{index}.{name}"] = value
-    header = {"step": str(progress.step), "settings": json.dumps(progress.settings, sort_keys=True)}
+    header = {
+        "step": str(progress.step),
+        "settings": json.dumps(progress.settings, sort_keys=True),
+        "losses": json.dumps(progress.losses),
+    }
     blob = save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, header)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILE, blob)
@@ -52,7 +58,7 @@ def read_progress(folder: Path) -> Progress | None:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
-        return Progress(int(header["step"]), json.loads(header["settings"]))
+        return Progress(int(header["step"]), json.loads(header["settings"]), json.loads(header["losses"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path.absolute()}: not a readable checkpoint ({error}); delete it or train with --restart"

@@ -30,6 +30,8 @@ class GoodImages:
     """Groups of files with the same content."""
     digests: list[str]
     """Of the contents of all usable files, so that an evaluation can leave them out."""
+    held_out_digests: list[str]
+    """Those of them that are held out."""
     fingerprint: str
     """SHA-256 over names and contents of all usable files."""
     pixel_formats: list[str]
@@ -112,6 +114,7 @@ def load_good_images(
         corrupt=corrupt,
         duplicates=duplicates,
         digests=sorted(usable),
+        held_out_digests=sorted(held_out),
         fingerprint=_fingerprint(usable),
         pixel_formats=sorted(formats),
         sizes=sorted(sizes),

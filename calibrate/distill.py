@@ -18,6 +18,7 @@ from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.resample import resize
 
 BATCH, STEPS = 16, 60_000
+STATISTICS_BATCHES = 625
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
 PDN_PX = 256
 BACKBONE_PX = 512
@@ -63,8 +64,9 @@ def distill(
     seed: int,
     steps: int = STEPS,
     batch: int = BATCH,
-    statistics_batches: int = 625,
+    statistics_batches: int = STATISTICS_BATCHES,
     backbone_px: int = BACKBONE_PX,
+    device: torch.device | None = None,
     on_step: OnStep | None = None,
     on_statistics: Callable[[int], None] | None = None,
 ) -> nn.Sequential:
@@ -80,6 +82,7 @@ def distill(
         batch: images a step.
         statistics_batches: batches over which the channels' mean and standard deviation are taken.
         backbone_px: side of the extractor's input; the PDN's is 256.
+        device: that computes; None: the CPU.
         on_step: told the step and its loss.
         on_statistics: told how many batches the statistics have seen.
 
@@ -88,13 +91,18 @@ def distill(
 
     Raises DatasetError when more than 5% of the images cannot be read; fewer are passed over.
     """
-    draw = _draws(images, batch, np.random.default_rng([seed, 0]))
-    mean, std = _statistics(extractor, draw, statistics_batches, backbone_px, on_statistics)
+    device = device or torch.device("cpu")
+    extractor = extractor.to(device)
+    pairs = (
+        tuple(side.to(device) for side in _sizes(drawn, backbone_px))
+        for drawn in _draws(images, batch, np.random.default_rng([seed, 0]))
+    )
+    mean, std = _statistics(extractor, (large for large, _ in pairs), statistics_batches, on_statistics)
     torch.manual_seed(seed)
-    student = pdn(size, TEACHER_CHANNELS, padded=True)
+    student = pdn(size, TEACHER_CHANNELS, padded=True).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     for step in range(steps):
-        large, small = _sizes(next(draw), backbone_px)
+        large, small = next(pairs)
         target = (_target(extractor, large) - mean) / std
         found = student(small)
         if target.shape[-2:] != found.shape[-2:]:
@@ -117,18 +125,18 @@ def _target(extractor: nn.Module, images: Tensor) -> Tensor:
 
 def _statistics(
     extractor: nn.Module,
-    draw: Iterator[list[NDArray[np.float32]]],
+    draw: Iterator[Tensor],
     batches: int,
-    backbone_px: int,
     on_batch: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Take mean and standard deviation of the target's channels, (1, 384, 1, 1) each, in float64."""
-    count, total, squares = 0, torch.zeros(TEACHER_CHANNELS).double(), torch.zeros(TEACHER_CHANNELS).double()
-    shift = torch.zeros(TEACHER_CHANNELS).double()
+    count, shift = 0, torch.zeros(TEACHER_CHANNELS).double()
+    total = squares = shift
     for index in range(batches):
-        target = _target(extractor, _sizes(next(draw), backbone_px)[0]).double().transpose(0, 1).flatten(1)
+        target = _target(extractor, next(draw)).double().transpose(0, 1).flatten(1)
         if index == 0:
             shift = target.mean(dim=1)
+            total, squares = torch.zeros_like(shift), torch.zeros_like(shift)
         centred = target - shift[:, None]
         count += target.shape[1]
         total += centred.sum(dim=1)

@@ -33,6 +33,8 @@ class ScoredImage:
     """(map_height, map_width), normalised."""
     shape: tuple[int, int]
     """(height, width) of the image, px."""
+    masked: bool
+    """It is defective, and masks show where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Evaluation:
     test_set: TestSet
     seen: list[str]
     """Names of test images left out because the model was trained or calibrated on their content."""
+    held_out_good: int
+    """Good images that training held out and that stand in where there are no others."""
     without_mask: int
     """Defective images that pixel metrics leave out."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +99,12 @@ class Evaluation:
                 }
                 for name, kind in self.kinds.items()
             },
-            "run": {**self.run, "left_out_as_seen": self.seen, "defective_without_mask": self.without_mask},
+            "run": {
+                **self.run,
+                "left_out_as_seen": self.seen,
+                "held_out_good": self.held_out_good,
+                "defective_without_mask": self.without_mask,
+            },
         }
 
 
@@ -118,7 +127,7 @@ def evaluate(
     Raises DatasetError when the layout is not known or an image cannot be judged, EngineUnavailable.
     """
     test_set = load_test_set(dataset)
-    images, seen = _unseen(test_set.images, bundle)
+    images, seen, held_out_good = _unseen(test_set.images, bundle)
     engine = make_engine(bundle, device, precision=precision)
     # A test set may hold black or repeated pictures on purpose: every image gets a score.
     limits = PlausibleLimits(black_below=0, saturated_above=1, frozen_frames=0)
@@ -126,14 +135,13 @@ def evaluate(
     pixel_format = declared_format(bundle)
     scored = []
     for index, image in enumerate(images):
-        scored.append(_score(inspector, image, pixel_format))
-        read_defects(test_set, image, scored[-1].shape)  # a bad mask is said now, not after all images
+        scored.append(_score(inspector, test_set, image, pixel_format))
         if on_image is not None:
             on_image(index + 1, len(images))
     scores = np.array([s.score for s in scored])
     kinds = np.array([s.image.kind for s in scored])
     good = kinds == GOOD
-    tally, masked = _tally(bundle, test_set, scored)
+    tally = _tally(bundle, test_set, scored)
     names = sorted(set(kinds[~good].tolist()))
     results = {}
     for name in names:
@@ -154,7 +162,8 @@ def evaluate(
         scored=scored,
         test_set=test_set,
         seen=seen,
-        without_mask=int((~good).sum()) - masked,
+        held_out_good=held_out_good,
+        without_mask=sum(s.image.kind != GOOD and not s.masked for s in scored),
         run={
             "dataset": str(dataset.absolute()),
             "layout": test_set.layout.value,
@@ -164,9 +173,7 @@ def evaluate(
             "size": bundle.model.size,
             "image_size": [bundle.model.geometry.image_width, bundle.model.geometry.image_height],
             "teacher": dict(bundle.teacher),
-            "training": {
-                k: bundle.training.get(k) for k in ("preset", "steps", "seed", "learning_rate", "precision")
-            },
+            "training": {name: value for name, value in bundle.training.items() if name not in NOT_SHOWN},
             "device": engine.engine.device,
             "precision": engine.engine.precision,
             "machine": platform.machine(),
@@ -175,6 +182,10 @@ def evaluate(
             },
         },
     )
+
+
+NOT_SHOWN = ("digests", "held_out_digests", "corrections")
+"""What a bundle remembers of its training for machines only."""
 
 
 def declared_format(bundle: Bundle) -> PixelFormat | None:
@@ -198,29 +209,39 @@ def read_pixels(scored: ScoredImage, bundle: Bundle, scorer: Scorer) -> tuple[Fl
     return np.asarray(pixels, np.float32), (slice(area.y, area.y + area.height), slice(area.x, area.x + area.width))
 
 
-def _unseen(images: list[TestImage], bundle: Bundle) -> tuple[list[TestImage], list[str]]:
-    """Leave out images that the model was trained or calibrated on: they would flatter it."""
+def _unseen(images: list[TestImage], bundle: Bundle) -> tuple[list[TestImage], list[str], int]:
+    """Leave out images that the model knows: they would flatter it.
+
+    Where no other good images are there, those that training held out stand in for them: the networks have not seen
+    them either, but quantiles and threshold are theirs.
+
+    Returns the images to score, the names of those left out, and how many good ones stand in.
+    """
     known = set(bundle.training.get("digests", ()))
-    kept, seen = [], []
+    held_out = set(bundle.training.get("held_out_digests", ()))
+    digests = []
     for image in images:
         try:
-            digest = image_digest(image.file.path.read_bytes()) if known else ""
+            digests.append(image_digest(image.file.path.read_bytes()) if known else "")
         except OSError as error:
             raise DatasetError(f"{image.file.path.absolute()}: {error.strerror}") from error
-        if digest in known:
-            seen.append(image.file.name)
-        else:
-            kept.append(image)
+    pairs = list(zip(images, digests, strict=True))
+    others = any(image.kind == GOOD and digest not in known for image, digest in pairs)
+    left_out = known if others else known - held_out
+    kept = [image for image, digest in pairs if digest not in left_out]
+    seen = [image.file.name for image, digest in pairs if digest in left_out]
     good = sum(image.kind == GOOD for image in kept)
     if good == 0 or good == len(kept):
         raise DatasetError(
             f"{good} good and {len(kept) - good} defective images are left after leaving out {len(seen)} that the "
-            "bundle was trained on; both are needed"
+            "bundle was trained on; both are needed: add photographs that training has not seen"
         )
-    return kept, seen
+    return kept, seen, 0 if others else good
 
 
-def _score(inspector: Inspector, image: TestImage, pixel_format: PixelFormat | None) -> ScoredImage:
+def _score(
+    inspector: Inspector, test_set: TestSet, image: TestImage, pixel_format: PixelFormat | None
+) -> ScoredImage:
     path = image.file.path.absolute()
     try:
         frame = read_frame(image.file, pixel_format)
@@ -230,23 +251,21 @@ def _score(inspector: Inspector, image: TestImage, pixel_format: PixelFormat | N
     if found.outcome is Outcome.INVALID or found.score is None or found.anomaly_map is None or frame.image is None:
         raise DatasetError(f"{path}: {found.reason}: {found.detail}")
     height, width = frame.image.shape[:2]
-    return ScoredImage(image, found.score, found.anomaly_map, (height, width))
+    defects, _ = read_defects(test_set, image, (height, width))
+    return ScoredImage(image, found.score, found.anomaly_map, (height, width), masked=bool(defects))
 
 
-def _tally(bundle: Bundle, test_set: TestSet, scored: list[ScoredImage]) -> tuple[PixelTally, int]:
-    """Count all pixels by score and truth; the number of defective images that have masks."""
+def _tally(bundle: Bundle, test_set: TestSet, scored: list[ScoredImage]) -> PixelTally:
+    """Count all pixels by score and truth, but for defective images without a mask."""
     scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
     tally = PixelTally(score_edges(s.anomaly_map for s in scored))
-    masked = 0
     for one in scored:
-        defective = one.image.kind != GOOD
-        if defective and not one.image.masks:
+        if one.image.kind != GOOD and not one.masked:
             continue
         pixels, window = read_pixels(one, bundle, scorer)
         regions, saturating = read_defects(test_set, one.image, one.shape, window)
         tally.add(one.image.kind, pixels, regions, saturating)
-        masked += defective
-    return tally, masked
+    return tally
 
 
 def _image_json(metrics: ImageMetrics) -> dict[str, float]:

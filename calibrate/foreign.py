@@ -9,8 +9,6 @@ every other class in a file becomes an inert placeholder.
 from __future__ import annotations
 
 import collections
-import pickle
-import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,19 +31,7 @@ _ENCODER_INDICES = (0, 2, 4, 6, 8, 10)
 _DECODER_INDICES = (12, 16, 20, 24, 28, 32, 36, 38)
 
 
-_READING_FAILS = (
-    AttributeError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-)
-"""What the restricted unpickler raises on files that are damaged, or that want more than it allows."""
+_SNIFFED_BYTES = 64
 
 
 class ImportFailed(Exception):
@@ -64,6 +49,8 @@ class ForeignModel:
     """Side of the only input that its autoencoder works at as ours does; None: any."""
     statistics: tuple[Tensor, Tensor] | None
     """Mean and standard deviation of the teacher's channels, (384,) each; None where they were not saved."""
+    padded: bool | None
+    """Trained with padding; None where the file does not say."""
     origin: str
 
 
@@ -71,24 +58,42 @@ def read_foreign(source: Path) -> Teacher | ForeignModel:
     """Read whatever `source` is. Raises ImportFailed."""
     if source.is_dir():
         return _read_reference_folder(source)
-    state = read_state(source)
+    loaded = _load(source)
+    state = _tensors(loaded, source)
     if any(name.startswith("model.teacher.") for name in state):
-        return _anomalib_checkpoint(state, source)
+        return _anomalib_checkpoint(state, _trained_with(loaded, "padding"), source)
     return _teacher(state, source)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a PyTorch or safetensors file by name. Raises ImportFailed."""
+    return _tensors(_load(path), path)
+
+
+def _load(path: Path) -> Any:
+    """Read what a PyTorch or safetensors file holds. Raises ImportFailed."""
     if not path.is_file():
         raise ImportFailed(f"{path.absolute()}: no such file")
     try:
+        with path.open("rb") as file:
+            head = file.read(_SNIFFED_BYTES)
+        if head and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
+            raise ImportFailed(
+                f"{path.absolute()}: text instead of weights, perhaps a web page or a Git LFS pointer: it begins "
+                f"with {head[:32].decode()!r}"
+            )
         loaded = load_file(path) if path.suffix == ".safetensors" else _load_restricted(path)
-        if isinstance(loaded, nn.Module):
-            loaded = loaded.state_dict()
-    except _READING_FAILS as error:
+        return loaded.state_dict() if isinstance(loaded, nn.Module) else loaded
+    except ImportFailed:
+        raise
+    except Exception as error:
+        # The restricted unpickler may fail in any way on a file that is damaged or wants more than it allows.
         raise ImportFailed(
             f"{path.absolute()}: not a readable PyTorch or safetensors file: {_reason(error)}"
         ) from error
+
+
+def _tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
@@ -171,7 +176,14 @@ def _renamed(state: Mapping[str, Tensor], old: str, indices: tuple[int, ...], ne
     return renamed
 
 
-def _anomalib_checkpoint(state: Mapping[str, Tensor], source: Path) -> ForeignModel:
+def _trained_with(loaded: Mapping[str, Any], name: str) -> bool | None:
+    """Look a switch up among a checkpoint's hyperparameters; None where it is not told."""
+    told = loaded.get("hyper_parameters")
+    value = told.get(name) if isinstance(told, Mapping) else None
+    return value if isinstance(value, bool) else None
+
+
+def _anomalib_checkpoint(state: Mapping[str, Tensor], padded: bool | None, source: Path) -> ForeignModel:
     size: PdnSize = "medium" if "model.teacher.conv6.weight" in state else "small"
     weights = {}
     for part in ("teacher", "student"):
@@ -182,7 +194,7 @@ def _anomalib_checkpoint(state: Mapping[str, Tensor], source: Path) -> ForeignMo
     statistics = None
     if "model.mean_std.std" in state and bool((state["model.mean_std.std"] > 0).all()):
         statistics = state["model.mean_std.mean"].flatten(), state["model.mean_std.std"].flatten()
-    return ForeignModel(size, weights, AUTOENCODER_PX, statistics, f"anomalib checkpoint {source.name}")
+    return ForeignModel(size, weights, AUTOENCODER_PX, statistics, padded, f"anomalib checkpoint {source.name}")
 
 
 def _read_reference_folder(folder: Path) -> ForeignModel:
@@ -194,4 +206,4 @@ def _read_reference_folder(folder: Path) -> ForeignModel:
             raise ImportFailed(f"{path.absolute()}: no such file; the reference's folder has all three *_final.pth")
         weights |= {f"{part}.{name}": tensor for name, tensor in read_state(path).items()}
     size: PdnSize = "medium" if "teacher.12.weight" in weights else "small"
-    return ForeignModel(size, dict(weights), None, None, f"nelson1425 reference, {folder.name}")
+    return ForeignModel(size, dict(weights), None, None, None, f"nelson1425 reference, {folder.name}")

@@ -10,7 +10,7 @@ from calibrate.dataset import PreparedImages
 from calibrate.foreign import ForeignModel, ImportFailed
 from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
-from calibrate.train import Listener, calibrated, good_images, raw_maps, with_precisions
+from calibrate.train import Listener, calibrated, good_images, image_facts, raw_maps, with_precisions
 from pipeline.bundle import Bundle, Model, write_bundle
 from pipeline.networks import EfficientAD
 from pipeline.preprocess import Preprocessor
@@ -28,6 +28,11 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
     Raises ImportFailed when the weights are not EfficientAD's, DatasetError, or OSError.
     """
     sides = {options.geometry.image_width, options.geometry.image_height}
+    if foreign.padded not in (None, options.geometry.padded):
+        raise ImportFailed(
+            f"{foreign.origin}: was trained {'with' if foreign.padded else 'without'} padding; "
+            f"{'add' if foreign.padded else 'leave out'} --padded"
+        )
     if foreign.image_px is not None and sides != {foreign.image_px}:
         raise ImportFailed(
             f"{foreign.origin}: at another image size than {foreign.image_px}x{foreign.image_px} its autoencoder "
@@ -43,7 +48,8 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
             raise ImportFailed(f"{foreign.origin}: tensor {name} is {found}, not {tuple(tensor.shape)}")
     networks.load_state_dict({n: foreign.weights[n] for n in wanted}, strict=False)
     preprocess = Preprocessor(options.preprocess)
-    good = good_images(options, preprocess)
+    listener = listener or Listener()
+    good = good_images(options, preprocess, listener)
     statistics = foreign.statistics
     if statistics is None:
         images = PreparedImages(good.train, preprocess, options.pixel_format, 0)
@@ -60,7 +66,7 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
     held_out = PreparedImages(good.held_out, preprocess, options.pixel_format, 0)
     model = Model(foreign.size, options.geometry, options.preprocess, networks.state_dict())
     scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
-    maps = raw_maps(model, good.held_out, replace(options, device="cpu"))
+    maps = raw_maps(model, good.held_out, replace(options, device="cpu"), listener)
     bundle, _ = calibrated(
         model,
         maps,
@@ -73,9 +79,8 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
             "teacher_statistics": "from the file" if foreign.statistics is not None else "from the good images",
             "pixel_format": None if options.pixel_format is None else options.pixel_format.value,
             "pixel_formats": good.pixel_formats,
-            "dataset": str(options.dataset.absolute()),
-            "digests": good.digests,
+            **image_facts(good, options),
         },
     )
-    bundle = with_precisions(bundle, held_out, maps, scorer, options, listener or Listener())
+    bundle = with_precisions(bundle, held_out, maps, scorer, options, listener)
     return write_bundle(bundle, options.out)

@@ -22,6 +22,9 @@ GOOD = "good"
 _MTD_GOOD = "MT_Free"
 _MTD_TRAIN_SHARE = 0.7
 _VISA_SPLIT = Path("split_csv") / "1cls.csv"
+REPORT_PAGE = "report.html"
+_OURS = (MANIFEST, REPORT_PAGE)
+"""A folder with one of these holds a bundle or a report, whose pictures are no data."""
 _NOT_KINDS = {"train", "validation", "ground_truth"}
 _NOT_GOOD = {"ground_truth", "test", "train", "Masks", "Anomaly"}
 
@@ -236,19 +239,19 @@ def read_labels(path: Path) -> NDArray[np.uint16]:
 
 
 def _files(folder: Path, prefix: str = "") -> list[ImageFile]:
-    """List a folder's images, those of bundles inside it (their reports' pictures) left out."""
-    bundles = {manifest.parent for manifest in folder.rglob(MANIFEST)}
+    """List a folder's images, those of bundles and reports inside it left out."""
+    ours = {file.parent for name in _OURS for file in folder.rglob(name)}
     return [
         ImageFile(prefix + name, path)
         for name, path in list_images(folder)
-        if not bundles or not bundles & set(path.parents)
+        if not ours or not ours & set(path.parents)
     ]
 
 
 def _tree(root: Path, truth: Path) -> list[TestImage]:
     """List KIND/NAME.png with masks in truth/KIND/NAME_mask.png, NAME.png, or NAME/*.png."""
     folders = (p for p in root.iterdir() if p.is_dir() and p.name not in _NOT_KINDS)
-    kinds = sorted(folder.name for folder in folders if not (folder / MANIFEST).is_file())
+    kinds = sorted(folder.name for folder in folders if not any((folder / name).is_file() for name in _OURS))
     return [
         TestImage(file, kind, () if kind == GOOD else _masks(truth / kind, file.name.removeprefix(f"{kind}/")))
         for kind in kinds
@@ -310,8 +313,11 @@ def _visa_rows(dataset: Path) -> Iterable[_VisaRow]:
 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DatasetError(f"{path.absolute()}: not a readable CSV file: {error}") from error
     missing = [name for name in columns if rows and rows[0].get(name) is None]
     if missing or not rows:
         raise DatasetError(f"{path.absolute()}: {'no rows' if not rows else 'no column ' + ', '.join(missing)}")

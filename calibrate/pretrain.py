@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from calibrate.allocator import keep_freed_memory
 from calibrate.backbone import ResNetFeatures
+from calibrate.distill import STATISTICS_BATCHES, distill
 from calibrate.distill import STEPS as DISTILLATION_STEPS
-from calibrate.distill import distill
 from calibrate.foreign import ImportFailed, read_state
 from calibrate.layouts import DatasetError, ImageFile
 from calibrate.options import Precision
@@ -41,7 +41,7 @@ from calibrate.patches import (
 )
 from calibrate.procedural import FIELDS, SHAPES
 from calibrate.teacher import Teacher, fold_into_last, whitening, write_teacher
-from calibrate.train import Listener, TrainingError, TrainingStopped, resolve_precision
+from calibrate.train import Listener, TrainingError, device_of, resolve_precision
 from drivers.replay import list_images
 from pipeline.geometry import RECEPTIVE_FIELD_PX
 from pipeline.networks import TEACHER_CHANNELS, PdnSize, pdn
@@ -73,6 +73,8 @@ class PretrainOptions:
     scenes: int = 60_000
     seed: int = 0
     precision: Precision = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where a backbone is distilled; the other targets learn on the CPU."""
     overwrite: bool = False
 
 
@@ -132,10 +134,11 @@ def _distilled(options: PretrainOptions, listener: Listener) -> nn.Sequential:
 
     def on_step(done: int, losses: dict[str, float]) -> None:
         listener.step(done, steps, losses)
-        _go_on(listener, f"at step {done} of {steps}")
+        listener.go_on(f"at step {done} of {steps}; nothing was written")
 
     def on_statistics(done: int) -> None:
-        _go_on(listener, f"at batch {done} of the statistics")
+        listener.step(done, STATISTICS_BATCHES, {})
+        listener.go_on(f"at batch {done} of the statistics; nothing was written")
 
     return distill(
         extractor,
@@ -143,14 +146,10 @@ def _distilled(options: PretrainOptions, listener: Listener) -> nn.Sequential:
         options.size,
         seed=options.seed,
         steps=steps,
+        device=device_of(options.device),
         on_step=on_step,
         on_statistics=on_statistics,
     )
-
-
-def _go_on(listener: Listener, where: str) -> None:
-    if listener.should_stop():
-        raise TrainingStopped(f"stopped {where}; nothing was written")
 
 
 class _Batch(NamedTuple):
@@ -169,7 +168,9 @@ def _taught(options: PretrainOptions, listener: Listener) -> nn.Sequential:
         photographs = read_labelled(options.images)
         listener.say(f"{len(photographs.labels)} photographs of {photographs.classes} classes")
     listener.say(f"drawing {options.scenes} procedural scenes")
-    scenes = draw_scenes(options.scenes, options.seed, lambda done: _go_on(listener, f"at scene {done}"))
+    scenes = draw_scenes(
+        options.scenes, options.seed, lambda done: listener.go_on(f"at scene {done}; nothing was written")
+    )
     keep_freed_memory()
     torch.manual_seed(options.seed)
     network = _with_batch_norm(pdn(options.size, TEACHER_CHANNELS, padded=False))
@@ -197,7 +198,7 @@ def _taught(options: PretrainOptions, listener: Listener) -> nn.Sequential:
         optimizer.step()
         schedule.step()
         listener.step(step + 1, steps, {name: float(loss.detach()) for name, loss in losses.items()})
-        _go_on(listener, f"at step {step + 1} of {steps}")
+        listener.go_on(f"at step {step + 1} of {steps}; nothing was written")
     folded = fold_batch_norm(network, options.size)
     listener.say("whitening")
     fold_into_last(folded, *whitening(_some_features(folded, batches)))

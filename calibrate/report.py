@@ -17,15 +17,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from calibrate.evaluate import Evaluation, ScoredImage, declared_format, read_pixels
-from calibrate.layouts import GOOD, read_defects
+from calibrate.evaluate import NOT_SHOWN, Evaluation, ScoredImage, declared_format, read_pixels
+from calibrate.layouts import GOOD, REPORT_PAGE, read_defects
 from calibrate.metrics import PRO_LIMIT, Rate
 from drivers.frame import Image, PixelFormat
 from drivers.replay import decode_image, format_of
 from pipeline.bundle import Bundle, write_atomically
 from pipeline.scoring import FloatMap, Scorer
 
-FILE = "report.html"
 _SHOWN_OF_A_KIND = 3
 _THUMBNAIL_PX = 320
 _DOTS_PER_INCH = 110
@@ -140,7 +139,7 @@ def write_training_report(record: TrainingRecord, bundle: Bundle, folder: Path) 
         galleries=[Gallery(GOOD, [("held-out parts with the highest scores", examples)])],
         facts=_flat(
             {"model": bundle.model_id, "calibration": bundle.calibration_id, "teacher": dict(bundle.teacher)}
-            | {k: v for k, v in bundle.training.items() if k not in ("digests", "corrections")}
+            | {k: v for k, v in bundle.training.items() if k not in NOT_SHOWN}
             | {"versions": dict(bundle.versions)}
         ),
     )
@@ -158,7 +157,7 @@ def _write(folder: Path, **content: Any) -> Path:
         pictures += [example.picture for _, examples in gallery.groups for example in examples]
     for picture in pictures:
         write_atomically(folder / f"{picture.name}.png", picture.png)
-    path = folder / FILE
+    path = folder / REPORT_PAGE
     write_atomically(path, html.encode())
     return path
 
@@ -341,7 +340,7 @@ def _scored_example(name: str, scored: ScoredImage, evaluation: Evaluation, bund
     scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
     pixels, window = read_pixels(scored, bundle, scorer)
     truth = None
-    if scored.image.masks:
+    if scored.masked:
         truth = np.zeros(scored.shape, np.bool_)
         for region in read_defects(evaluation.test_set, scored.image, scored.shape)[0]:
             truth |= region.mask

@@ -72,6 +72,11 @@ class Listener:
         """Return True to end after this step with a checkpoint."""
         return False
 
+    def go_on(self, where: str) -> None:
+        """Raise TrainingStopped, with where it was and what is left of it, when the work is to end."""
+        if self.should_stop():
+            raise TrainingStopped(f"stopped {where}")
+
 
 def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
     """Train, calibrate and write a bundle; goes on from the last checkpoint of the same run.
@@ -83,7 +88,8 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the GPU's memory is full: {str(error).splitlines()[0]} Try --tiles 2x2, --size small, a smaller "
-            "--image-size, or --device cpu; the last checkpoint is intact"
+            "--image-size, or --device cpu. The last checkpoint is intact, but these make another model and need "
+            "--restart with them"
         ) from error
 
 
@@ -98,7 +104,12 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    good = good_images(options, preprocess)
+    if options.turns.any and options.preprocess.ignore is not None:
+        raise TrainingError(
+            "--flip and --rotate would turn the ignored areas with the part, but they stay where they are when "
+            "parts are inspected: leave one of the two out"
+        )
+    good = good_images(options, preprocess, listener)
     held_out = PreparedImages(good.held_out, preprocess, options.pixel_format, 0)
     _tell_of_images(good, listener)
     teacher = find_teacher(options.teacher, options.size, options.seed)
@@ -110,13 +121,14 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         load_checkpoint(options.out, trainer.model, trainer.optimizer)
         listener.say(f"resuming from the checkpoint at step {progress.step} of {options.steps}")
     else:
-        trainer.prepare_teacher(teacher)
+        listener.say(f"looking at the teacher's features of {len(good.train)} images")
+        trainer.prepare_teacher(teacher, lambda: listener.go_on("before the first step; nothing was written"))
     penalty = f"{'procedural' if options.natural is None else 'natural'} images for the penalty"
     listener.say(
         f"training {options.size} on {device.type} in {precision}, {options.steps} steps, "
         f"{penalty if options.losses.penalty else 'no penalty'}"
     )
-    losses = _train_steps(trainer, held_out, scorer, 0 if progress is None else progress.step, settings, listener)
+    losses = _train_steps(trainer, held_out, scorer, progress or Progress(0, settings), listener)
     for name, why in trainer.natural.unreadable.items():
         listener.say(f"skipped natural image {name}: {why}")
     use_autoencoder = options.losses.autoencoder
@@ -130,7 +142,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     listener.say(f"calibrating on {len(good.held_out)} held-out images")
     weights = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
     model = Model(options.size, options.geometry, options.preprocess, weights)
-    maps = raw_maps(model, good.held_out, options)
+    maps = raw_maps(model, good.held_out, options, listener)
     bundle, scores = calibrated(
         model,
         maps,
@@ -150,7 +162,12 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         held_out_scores=scores,
         held_out_maps=[combine_maps(m.student_teacher, m.autoencoder, bundle.quantiles) for m in maps],
     )
-    listener.say(f"report: {write_training_report(record, bundle, options.out / REPORT).absolute()}")
+    try:
+        listener.say(f"report: {write_training_report(record, bundle, options.out / REPORT).absolute()}")
+    except OSError as error:
+        raise OSError(
+            f"{options.out.absolute()} is finished and can be used, but its report was not written: {error}"
+        ) from error
     return bundle
 
 
@@ -247,10 +264,20 @@ def _settings(trainer: Trainer, good: GoodImages, teacher: dict[str, Any]) -> di
 def _training_facts(settings: dict[str, Any], good: GoodImages, options: TrainOptions) -> dict[str, Any]:
     """What a bundle remembers of its training."""
     facts = {name: value for name, value in settings.items() if name != "teacher"}
-    return {**facts, "dataset": str(options.dataset.absolute()), "digests": good.digests}
+    return {**facts, **image_facts(good, options)}
 
 
-def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions) -> list[RawMaps]:
+def image_facts(good: GoodImages, options: TrainOptions) -> dict[str, Any]:
+    """What a bundle remembers of its good images."""
+    return {
+        "dataset": str(options.dataset.absolute()),
+        "images_unreadable": len(good.corrupt),
+        "digests": good.digests,
+        "held_out_digests": good.held_out_digests,
+    }
+
+
+def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions, listener: Listener) -> list[RawMaps]:
     """Run images through the float32 engine of the daemon."""
     engine = make_float_engine(model, "cpu" if options.device == "cpu" else "auto")
     maps = []
@@ -258,6 +285,7 @@ def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions) -> lis
         try:
             image = decode_image(file.path)
             maps.append(engine.raw_maps(image, format_of(image, options.pixel_format)))
+            listener.go_on("while calibrating; the same command begins that anew")
         except (OSError, ValueError) as error:
             raise DatasetError(f"{file.path.absolute()}: {error}") from error
     return maps
@@ -270,22 +298,27 @@ def _train_steps(
     trainer: Trainer,
     held_out: PreparedImages,
     scorer: Scorer,
-    start: int,
-    settings: dict[str, Any],
+    start: Progress,
     listener: Listener,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Do the remaining steps; returns the losses on the way, (points, 1 + terms)."""
+    """Do the remaining steps; returns the losses on the way, (points, 1 + terms), those before `start` included."""
     options, model = trainer.options, trainer.model
     model.train()
-    saved_s, done = time.monotonic(), start
-    curve, recent = [], []
+    saved_s, done = time.monotonic(), start.step
+    curve, recent = list(start.losses), []
     every = max(1, options.steps // _LOSS_POINTS)
     looks = {round(options.steps * share / _LOOKS) for share in range(1, _LOOKS)}
 
     def save() -> None:
-        save_checkpoint(options.out, model, trainer.optimizer, Progress(done, settings))
+        try:
+            save_checkpoint(options.out, model, trainer.optimizer, Progress(done, start.settings, curve))
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint at step {done} was not written: {error}. The one before it is whole: make room, "
+                "and the same command goes on from there"
+            ) from error
 
-    for step in range(start, options.steps):
+    for step in range(start.step, options.steps):
         losses = trainer.step(step)
         done = step + 1
         values = {name: float(getattr(losses, name).detach()) for name in _LOSS_NAMES}
@@ -295,8 +328,8 @@ def _train_steps(
                 + ("; try --precision fp32" if trainer.precision == "bf16" else "")
             )
         recent.append([done, *values.values()])
-        if len(recent) == every or done == options.steps:
-            curve.append(np.mean(recent, axis=0))
+        if done % every == 0 or done == options.steps:
+            curve.append(np.mean(recent, axis=0).tolist())
             recent = []
         listener.step(done, options.steps, values)
         if done == options.steps or time.monotonic() - saved_s >= options.checkpoint_s:
@@ -346,11 +379,17 @@ def _progress_to_resume(options: TrainOptions, settings: dict[str, Any]) -> Prog
     )
 
 
-def good_images(options: TrainOptions, preprocess: Preprocessor) -> GoodImages:
-    """Load the good images of a run, each checked against its preprocessing. Raises DatasetError."""
-    return load_good_images(
-        options.dataset, options.held_out_share, options.seed, lambda image: _fit(image, preprocess, options)
-    )
+def good_images(options: TrainOptions, preprocess: Preprocessor, listener: Listener) -> GoodImages:
+    """Load the good images of a run, each checked against its preprocessing.
+
+    Raises DatasetError or TrainingStopped.
+    """
+
+    def fit(image: Image) -> PixelFormat:
+        listener.go_on("while reading the images; nothing was written")
+        return _fit(image, preprocess, options)
+
+    return load_good_images(options.dataset, options.held_out_share, options.seed, fit)
 
 
 def _fit(image: Image, preprocess: Preprocessor, options: TrainOptions) -> PixelFormat:
@@ -375,11 +414,14 @@ def _tell_of_images(good: GoodImages, listener: Listener) -> None:
         )
     if len(good.pixel_formats) > 1:
         listener.say(f"pixel formats are mixed: {', '.join(good.pixel_formats)}")
-    count = len(good.train) + len(good.held_out)
+    if good.corrupt:
+        files = len(good.corrupt) + len(good.train) + len(good.held_out)
+        listener.say(f"{len(good.corrupt)} of {files} files were skipped")
+    count = len(good.digests)
     if count < _FEW_IMAGES:
         listener.say(
-            f"only {count} images: expect defects like the training images' own differences to escape, and about "
-            f"1 good part in {len(good.held_out) + 1} to be rejected; photograph at least 20, better 100"
+            f"only {count} different images: expect defects like the training images' own differences to escape, "
+            f"and about 1 good part in {len(good.held_out) + 1} to be rejected; photograph at least 20, better 100"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from calibrate.teacher import Teacher, channel_statistics, fold_into_last, teach
 from drivers.replay import list_images
 from pipeline.bundle import sha256_hex
 from pipeline.geometry import Tile
+from pipeline.machine import available_memory_mib
 from pipeline.networks import EfficientAD
 from pipeline.preprocess import Preprocessor
 
@@ -54,7 +55,9 @@ class Trainer:
         self.options, self.device, self.precision = options, device, precision
         keep_freed_memory()
         self._files = good.train
-        self.images = PreparedImages(good.train, preprocess, options.pixel_format, options.cache_mib)
+        # Half of what is free: a small PC must not be brought to its knees for speed.
+        self._cache_mib = min(options.cache_mib, available_memory_mib() // 2)
+        self.images = PreparedImages(good.train, preprocess, options.pixel_format, self._cache_mib)
         self.natural = _NaturalImages(options)
         self._tiles = options.geometry.tiles()
         self._order: tuple[int, NDArray[np.int64]] | None = None
@@ -69,19 +72,23 @@ class Trainer:
         self._features: dict[int, Tensor] = {}
         self._cacheable = self._cacheable_features()
 
-    def prepare_teacher(self, teacher: Teacher) -> None:
-        """Put the teacher in, with its features whitened or its channels normalised over the training images."""
+    def prepare_teacher(self, teacher: Teacher, on_image: Callable[[], None] = lambda: None) -> None:
+        """Put the teacher in, with its features whitened or its channels normalised over the training images.
+
+        Calls `on_image` before each image that is looked at.
+        """
         network = self.model.teacher
         network.load_state_dict(teacher.weights)
         if self.options.whiten:
             some = np.random.default_rng([self.options.seed, 4]).permutation(len(self.images))[:_WHITENED_OVER]
-            fold_into_last(network, *whitening(self._features_of(sorted(some.tolist()))))
-        mean, std = channel_statistics(self._features_of(range(len(self.images))))
+            fold_into_last(network, *whitening(self._features_of(sorted(some.tolist()), on_image)))
+        mean, std = channel_statistics(self._features_of(range(len(self.images)), on_image))
         fold_into_last(network, mean, torch.diag(1 / std.double()))
 
     @torch.inference_mode()
-    def _features_of(self, indices: Iterable[int]) -> Iterator[Tensor]:
+    def _features_of(self, indices: Iterable[int], on_image: Callable[[], None]) -> Iterator[Tensor]:
         for index in indices:
+            on_image()
             with self._autocast():
                 yield from teacher_features(
                     self.model.teacher, self._tensor(self.images[index]), self.options.geometry
@@ -179,7 +186,7 @@ class Trainer:
         if self.device.type != "cpu" or g.is_tiled or options.turns.any:
             return 0
         bytes_each = g.map_width * g.map_height * 384 * (2 if self.precision == "bf16" else 4)
-        return max(0, options.cache_mib * 2**20 - self.images.cache_bytes) // bytes_each
+        return max(0, self._cache_mib * 2**20 - self.images.cache_bytes) // bytes_each
 
 
 class _NaturalImages:

@@ -226,7 +226,13 @@ def train(
             device=one_of(device, "--device", "auto", "cpu", "cuda"),  # type: ignore[arg-type]
         )
         with ConsoleListener("rounds") as listener:
-            found = bench_train(options, steps, lambda done, total: listener.step(done, total, {}))
+
+            def on_round(done: int, total: int) -> None:
+                listener.step(done, total, {})
+                if listener.should_stop():
+                    raise KeyboardInterrupt
+
+            found = bench_train(options, steps, on_round)
         columns = [
             ("side", ""), ("precision", ""), ("steps_per_s", ".2f"), ("slowest_steps_per_s", ".2f"),
             ("fastest_steps_per_s", ".2f"), ("ratio_to_reference", ".2f"), ("mean_loss", ".4f"),

@@ -184,8 +184,13 @@ def evaluate(
 def _print_evaluation(result: Evaluation) -> None:
     if result.seen:
         typer.echo(f"{len(result.seen)} images that the model was trained on are left out")
+    if result.held_out_good:
+        typer.echo(
+            f"no other good images: the {result.held_out_good} that training held out stand in; the threshold is "
+            "theirs, so photograph more good parts to see how many it rejects"
+        )
     if result.without_mask:
-        typer.echo(f"{result.without_mask} defective images have no mask: not in the pixel metrics")
+        typer.echo(f"{result.without_mask} defective images have no mask, or a black one: not in the pixel metrics")
     typer.echo(f"{'':<24}{'image AU-ROC':>13}{'AP':>8}{'F1-max':>8}{'pixel AU-ROC':>14}{'AP':>8}{'AU-PRO':>8}")
     rows = [("all", result.image, result.pixel)]
     rows += [(name, kind.image, kind.pixel) for name, kind in result.kinds.items()]

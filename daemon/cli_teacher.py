@@ -51,6 +51,9 @@ def pretrain(
     scenes: Annotated[int, typer.Option(min=100, help="procedural scenes to draw")] = 60_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16; a backbone is distilled in fp32")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda: where a backbone is distilled; the rest learns on the CPU")
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
 ) -> None:
     """Make a teacher: a patch description network that describes what is in front of it."""
@@ -69,6 +72,7 @@ def pretrain(
             scenes=scenes,
             seed=seed,
             precision=one_of(precision, "--precision", "auto", "fp32", "bf16"),  # type: ignore[arg-type]
+            device=one_of(device, "--device", "auto", "cpu", "cuda"),  # type: ignore[arg-type]
             overwrite=overwrite,
         )
         with ConsoleListener("pretraining") as listener:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import signal
 import sys
 import time
@@ -34,6 +35,8 @@ class ConsoleListener(Listener):
         self._task: TaskID | None = None
         self._stop = False
         self._said_s = 0.0
+        self._began: tuple[float, int] | None = None
+        """When the first step was told of, and its number."""
         self._previous: Any = None
 
     def __enter__(self) -> Self:
@@ -63,10 +66,16 @@ class ConsoleListener(Listener):
             if self._task is None:
                 self._bar.start()
                 self._task = self._bar.add_task(self._what, total=total, completed=done, facts="")
-            self._bar.update(self._task, completed=done, facts=facts)
-        elif done == total or time.monotonic() - self._said_s > _LINE_PERIOD_S:
-            self._said_s = time.monotonic()
-            self.say(f"{self._what} {done}/{total} {facts}")
+            self._bar.update(self._task, completed=done, total=total, facts=facts)
+            return
+        now_s = time.monotonic()
+        self._began = self._began or (now_s, done)
+        if done == total or now_s - self._said_s > _LINE_PERIOD_S:
+            self._said_s = now_s
+            began_s, first = self._began
+            left_s = (now_s - began_s) / (done - first) * (total - done) if total > done > first else 0
+            left = f" {datetime.timedelta(seconds=round(left_s))} left" if left_s else ""
+            self.say(f"{self._what} {done}/{total}{left} {facts}".rstrip())
 
     def should_stop(self) -> bool:
         """Tell whether Ctrl-C was pressed."""

@@ -1,7 +1,9 @@
 """A trained model on disk: one readable JSON file and the arrays that it names, all with checksums.
 
 A bundle is a folder with `bundle.json`, `weights.safetensors` and, where used, `dark_frame.npy`,
-`flat_field.npy` and `ignore_mask.png`. Reading one never unpickles anything.
+`flat_field.npy` and `ignore_mask.png`. One that is written over another has its files under names of their own
+(`weights-0123456789ab.safetensors`), so that whatever happens meanwhile, `bundle.json` names files that are there.
+Reading one never unpickles anything.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +37,12 @@ MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 _ARRAYS = {"dark": "dark_frame.npy", "flat": "flat_field.npy"}
 _IGNORE = "ignore_mask.png"
+_PART = re.compile(
+    "|".join(
+        rf"{stem}(-[0-9a-f]{{12}})?\.{suffix}"
+        for stem, suffix in (name.split(".") for name in (WEIGHTS, _IGNORE, *_ARRAYS.values()))
+    )
+)
 
 
 class BundleError(Exception):
@@ -129,7 +138,7 @@ def is_bundle(folder: Path) -> bool:
 def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
     """Write a bundle; `bundle.json` comes last, so a folder with it is complete.
 
-    Returns the bundle with its ids. Raises OSError when the disk refuses.
+    Returns the bundle with its ids. Raises OSError when the disk refuses; one that was there is then still whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = bundle.model
@@ -180,12 +189,22 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "training": dict(bundle.training),
         "files": files,
     }
+    for name, facts in files.items():
+        facts["file"] = _own_name(name, facts["sha256"]) if (folder / name).exists() else name
+        write_atomically(folder / facts["file"], blobs[name])
     manifest["checksum"] = sha256_hex(_canonical(manifest))
-    for name, blob in blobs.items():
-        write_atomically(folder / name, blob)
     text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / MANIFEST, text.encode())
+    named = {facts["file"] for facts in files.values()}
+    for path in folder.iterdir():
+        if _PART.fullmatch(path.name) and path.name not in named:
+            path.unlink()
     return read_bundle(folder)
+
+
+def _own_name(name: str, sha256: str) -> str:
+    stem, _, suffix = name.partition(".")
+    return f"{stem}-{sha256[:12]}.{suffix}"
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -216,7 +235,7 @@ def read_bundle(folder: Path) -> Bundle:
 
 
 def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
-    blobs = {name: _read_file(folder / name, facts) for name, facts in manifest["files"].items()}
+    blobs = {name: _read_file(folder, name, facts) for name, facts in manifest["files"].items()}
     architecture, preprocessing = manifest["architecture"], manifest["preprocessing"]
     if architecture["name"] != "EfficientAD" or architecture["size"] not in ("small", "medium"):
         raise ValueError(f"architecture {architecture['name']} {architecture['size']} is not known")
@@ -233,11 +252,12 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
         flat=_read_array(blobs, preprocessing["flat_field"]),
         ignore=_read_mask(blobs, preprocessing["ignore_mask"]),
     )
+    path = folder / str(manifest["files"][WEIGHTS].get("file", WEIGHTS))
     try:
         weights = load_tensors(blobs[WEIGHTS])
     except SafetensorError as error:
-        raise BundleError(f"{(folder / WEIGHTS).absolute()}: {error}") from error
-    _check_weights(weights, EfficientAD(size, geometry).state_dict(), folder / WEIGHTS)
+        raise BundleError(f"{path.absolute()}: {error}") from error
+    _check_weights(weights, EfficientAD(size, geometry).state_dict(), path)
     calibration = dict(manifest["calibration"])
     threshold = float(calibration["threshold"])
     if not np.isfinite(threshold):
@@ -286,9 +306,11 @@ def _check_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], 
         raise BundleError(f"{path.absolute()}: unknown tensors {', '.join(unknown[:5])}")
 
 
-def _read_file(path: Path, facts: dict[str, Any]) -> bytes:
-    if path.name not in {WEIGHTS, _IGNORE, *_ARRAYS.values()}:
-        raise BundleError(f"{path.parent.absolute()}: the bundle names an unknown file {path.name!r}")
+def _read_file(folder: Path, name: str, facts: dict[str, Any]) -> bytes:
+    file = str(facts.get("file", name))
+    if not _PART.fullmatch(file):
+        raise BundleError(f"{folder.absolute()}: the bundle names an unknown file {file!r}")
+    path = folder / file
     try:
         blob = path.read_bytes()
     except OSError as error:
@@ -326,7 +348,8 @@ def write_atomically(path: Path, blob: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # one that cannot be filled does not say so itself
         partial.unlink(missing_ok=True)
         raise
 

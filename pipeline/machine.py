@@ -27,9 +27,20 @@ def processor_flags() -> set[str]:
     return set(_of_processor("flags").split())
 
 
+def available_memory_mib() -> int:
+    """Return how much memory can be had without swapping; a terabyte where it is not told."""
+    value = _told("/proc/meminfo", "MemAvailable").split()
+    return int(value[0]) // 1024 if value else 1 << 20
+
+
 def _of_processor(field: str) -> str:
+    return _told("/proc/cpuinfo", field)
+
+
+def _told(path: str, field: str) -> str:
+    """Return the value of the first line `field: value`; empty where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
 import types
 from collections import OrderedDict
 from dataclasses import replace
+from io import BytesIO
 
 import pytest
 import torch
@@ -161,6 +163,17 @@ def test_what_is_refused_is_named(tmp_path):
         find_teacher(str(tmp_path / "t.pth"), "small", 0)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_that_a_checkpoint_tells_of_is_asked_for(good_parts, tmp_path, padded):
+    torch.manual_seed(5)
+    model = EfficientAD("small", Geometry(256, 256)).eval()
+    content = {"state_dict": anomalib_names(model), "hyper_parameters": {"padding": padded}}
+    torch.save(content, tmp_path / "m.ckpt")
+    options = TrainOptions(dataset=good_parts, out=tmp_path / "b", geometry=Geometry(256, 256, not padded))
+    with pytest.raises(ImportFailed, match=f"{'add' if padded else 'leave out'} --padded"):
+        import_model(read_foreign(tmp_path / "m.ckpt"), options)
+
+
 def test_an_anomalib_model_of_another_size_is_refused(good_parts, tmp_path):
     torch.manual_seed(5)
     model = EfficientAD("small", Geometry(256, 256)).eval()
@@ -173,9 +186,27 @@ def test_an_anomalib_model_of_another_size_is_refused(good_parts, tmp_path):
 def test_files_that_are_something_else(tmp_path):
     with pytest.raises(ImportFailed, match="no such file"):
         read_foreign(tmp_path / "none.pth")
-    (tmp_path / "garbage.pth").write_bytes(b"garbage" * 100)
-    with pytest.raises(ImportFailed, match=r"garbage\.pth: not a readable"):
-        read_foreign(tmp_path / "garbage.pth")
+    for text in ("<!DOCTYPE html>\n<html>", "version https://git-lfs.github.com/spec/v1\n", "404"):
+        (tmp_path / "page.pth").write_text(text)
+        with pytest.raises(ImportFailed, match=r"page\.pth: text instead of weights.*it begins with '(<!|ver|404)"):
+            read_foreign(tmp_path / "page.pth")
+    whole = BytesIO()
+    torch.save(pdn("small", 384, padded=False).state_dict(), whole)
+    blob = whole.getvalue()
+    damaged = [
+        b"",
+        b"\0garbage" * 100,
+        blob[:1000],
+        blob[: len(blob) // 2],
+        blob[:-30],
+        b"PK\x03\x04",
+        b"\x80\x02.",
+    ]
+    damaged += [blob[:place] + bytes([blob[place] ^ 0xFF]) + blob[place + 1 :] for place in range(0, 600, 7)]
+    for content in damaged:
+        (tmp_path / "garbage.pth").write_bytes(content)
+        with contextlib.suppress(ImportFailed):  # a flipped bit may also hit what nobody reads
+            assert read_foreign(tmp_path / "garbage.pth").size == "small"
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ImportFailed, match=r"cut\.safetensors"):
         read_foreign(tmp_path / "cut.safetensors")

@@ -7,7 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
+from calibrate.evaluate import evaluate
 from calibrate.layouts import DatasetError, Layout, layout_of, load_test_set, read_defects, training_files
+from calibrate.report import write_evaluation_report
+from pipeline.bundle import read_bundle
 
 
 def image(path, value=100):
@@ -51,8 +54,8 @@ def test_mvtec_ad(tmp_path):
     assert region.saturation_px == 4 * 3
 
 
-def test_mvtec_loco(tmp_path):
-    root = mvtec(tmp_path)
+def loco(root):
+    mvtec(root)
     image(root / "validation/good/000.png")
     image(root / "test/logical_anomalies/000.png")
     truth = root / "ground_truth/logical_anomalies/000"
@@ -63,6 +66,12 @@ def test_mvtec_loco(tmp_path):
         {"defect_name": "b", "pixel_value": 254, "saturation_threshold": 0.5, "relative_saturation": True},
     ]
     (root / "defects_config.json").write_text(json.dumps(config))
+    return root
+
+
+def test_mvtec_loco(tmp_path):
+    root = loco(tmp_path)
+    truth = root / "ground_truth/logical_anomalies/000"
     assert training_files(root).layout is Layout.MVTEC_LOCO
     assert [f.name for f in training_files(root).validation] == ["validation/good/000.png"]
     found = load_test_set(root)
@@ -78,12 +87,12 @@ def test_mvtec_loco(tmp_path):
         load_test_set(root)
 
 
-def test_visa(tmp_path):
+def visa(root):
     for split in ("candle", "pcb1"):
         for i in range(2):
-            image(tmp_path / split / f"Data/Images/Normal/{i}.JPG")
-        image(tmp_path / split / "Data/Images/Anomaly/0.JPG")
-        mask(tmp_path / split / "Data/Masks/Anomaly/0.png", 1)
+            image(root / split / f"Data/Images/Normal/{i}.JPG")
+        image(root / split / "Data/Images/Anomaly/0.JPG")
+        mask(root / split / "Data/Masks/Anomaly/0.png", 1)
     lines = ["object,split,label,image,mask"]
     for name in ("candle", "pcb1"):
         lines += [
@@ -91,9 +100,13 @@ def test_visa(tmp_path):
             f"{name},test,normal,{name}/Data/Images/Normal/1.JPG,",
             f"{name},test,anomaly,{name}/Data/Images/Anomaly/0.JPG,{name}/Data/Masks/Anomaly/0.png",
         ]
-    (tmp_path / "split_csv").mkdir()
-    (tmp_path / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
-    candle = tmp_path / "candle"
+    (root / "split_csv").mkdir()
+    (root / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
+    return root / "candle"
+
+
+def test_visa(tmp_path):
+    candle = visa(tmp_path)
     assert layout_of(candle) is Layout.VISA
     assert [f.path for f in training_files(candle).good] == [candle / "Data/Images/Normal/0.JPG"]
     assert [i.kind for i in load_test_set(candle).images] == ["good", "anomaly"]
@@ -106,13 +119,21 @@ def test_visa(tmp_path):
     (tmp_path / "split_csv/1cls.csv").write_text("object,split\ncandle,train\n")
     with pytest.raises(DatasetError, match="no column label, image, mask"):
         load_test_set(candle)
+    (tmp_path / "split_csv/1cls.csv").write_bytes(b"object,split\ncandle,\xff\n")
+    with pytest.raises(DatasetError, match=r"1cls\.csv: not a readable CSV file"):
+        load_test_set(candle)
+
+
+def mtd(root):
+    for i in range(40):
+        image(root / f"MT_Free/Imgs/exp{i}.jpg", 50 + i)
+    image(root / "MT_Crack/Imgs/exp1.jpg")
+    mask(root / "MT_Crack/Imgs/exp1.png")
+    return root
 
 
 def test_mtd(tmp_path):
-    for i in range(40):
-        image(tmp_path / f"MT_Free/Imgs/exp{i}.jpg", 50 + i)
-    image(tmp_path / "MT_Crack/Imgs/exp1.jpg")
-    mask(tmp_path / "MT_Crack/Imgs/exp1.png")
+    mtd(tmp_path)
     found = load_test_set(tmp_path)
     train = {f.path for f in training_files(tmp_path).good}
     test = {i.file.path for i in found.images if i.kind == "good"}
@@ -123,10 +144,33 @@ def test_mtd(tmp_path):
     assert [(i.kind, i.masks[0].name) for i in found.images if i.kind != "good"] == [("crack", "exp1.png")]
 
 
+def folders(root):
+    image(root / "good/1.png")
+    image(root / "stain/1.png")
+    mask(root / "ground_truth/stain/1.png")
+    return root
+
+
+@pytest.mark.parametrize("tree", [mvtec, loco, visa, mtd, folders])
+def test_each_layout_is_evaluated(tree, tiny_bundle, tmp_path):
+    bundle = read_bundle(tiny_bundle)
+    found = evaluate(bundle, tree(tmp_path), "cpu")
+    facts = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert facts["run"]["layout"] == found.test_set.layout.value
+    assert set(facts["kinds"]) == {i.kind for i in found.test_set.images} - {"good"}
+    for kind in facts["kinds"].values():
+        assert 0 <= kind["image_auroc"] <= 1
+        assert 0 <= kind["pixel_auroc"] <= 1
+        assert 0 <= kind["pixel_aupro"] <= 1
+        assert ("pixel_auspro" in kind) == (tree is loco)
+    page = write_evaluation_report(found, bundle, tmp_path / "report").read_text()
+    assert str(found.test_set.layout.value) in page
+
+
 def test_good_and_defect_folders(tmp_path):
-    image(tmp_path / "good/1.png")
-    image(tmp_path / "stain/1.png")
-    mask(tmp_path / "ground_truth/stain/1.png")
+    folders(tmp_path)
+    image(tmp_path / "r/scores.png")
+    (tmp_path / "r/report.html").write_text("")
     assert [f.name for f in training_files(tmp_path).good] == ["1.png"]
     found = load_test_set(tmp_path)
     assert [(i.kind, len(i.masks)) for i in found.images] == [("good", 0), ("stain", 1)]
@@ -140,17 +184,19 @@ def test_defects_and_masks_are_never_taken_for_good_parts(tmp_path, monkeypatch)
     mvtec(tmp_path / "bottle")
     with pytest.raises(DatasetError, match=r"looks like several data sets.*bottle/ground_truth"):
         training_files(tmp_path)
-    visa = tmp_path / "visa" / "candle"
-    image(visa / "Data/Images/Normal/0.JPG")
-    image(visa / "Data/Images/Anomaly/0.JPG")
+    candle = tmp_path / "visa" / "candle"
+    image(candle / "Data/Images/Normal/0.JPG")
+    image(candle / "Data/Images/Anomaly/0.JPG")
     (tmp_path / "visa/split_csv").mkdir()
     rows = "object,split,label,image,mask\ncandle,train,normal,candle/Data/Images/Normal/0.JPG,\n"
     (tmp_path / "visa/split_csv/1cls.csv").write_text(rows)
-    monkeypatch.chdir(visa)
+    monkeypatch.chdir(candle)
     assert [f.path.name for f in training_files(Path()).good] == ["0.JPG"]
     image(tmp_path / "parts/1.png")
     image(tmp_path / "parts/model/report/scores.png")
     (tmp_path / "parts/model/bundle.json").write_text("{}")
+    image(tmp_path / "parts/r/scores.png")
+    (tmp_path / "parts/r/report.html").write_text("")
     assert [f.name for f in training_files(tmp_path / "parts").good] == ["1.png"]
 
 

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from calibrate.dataset import image_digest
 from calibrate.evaluate import evaluate
 from calibrate.report import write_evaluation_report
 from drivers.synthetic import PartRenderer, SyntheticOptions
@@ -59,6 +60,33 @@ def test_a_defect_without_mask_is_left_out_of_the_pixel_metrics_and_said(tree, t
     assert found.without_mask == 9
     assert found.kinds["scratch"].pixel is None
     assert found.kinds["stain"].pixel is not None
+
+
+def test_a_black_mask_is_no_mask(tree, tiny_bundle, tmp_path):
+    shutil.copytree(tree, tmp_path / "tree")
+    without, black = tmp_path / "tree/ground_truth/stain/0_mask.png", np.zeros((96, 96), np.uint8)
+    without.unlink()
+    wanted = evaluate(read_bundle(tiny_bundle), tmp_path / "tree", "cpu")
+    cv2.imwrite(str(without), black)
+    found = evaluate(read_bundle(tiny_bundle), tmp_path / "tree", "cpu")
+    assert (wanted.without_mask, found.without_mask) == (1, 1)
+    assert found.to_json()["pixel"] == wanted.to_json()["pixel"]
+
+
+def test_held_out_images_stand_in_where_there_are_no_other_good_ones(tree, tiny_bundle, good_parts, tmp_path):
+    shutil.copytree(good_parts, tmp_path / "photos/good")
+    shutil.copytree(tree / "test/stain", tmp_path / "photos/stain")
+    bundle = read_bundle(tiny_bundle)
+    found = evaluate(bundle, tmp_path / "photos", "cpu")
+    held_out = set(bundle.training["held_out_digests"])
+    scored = {image_digest(s.image.file.path.read_bytes()) for s in found.scored if s.image.kind == "good"}
+    assert scored == held_out
+    assert found.held_out_good == found.false_rejects.of == len(held_out)
+    assert len(found.seen) == 12 - len(held_out)
+    assert found.to_json()["run"]["held_out_good"] == len(held_out)
+    shutil.copy(tree / "test/good/0.png", tmp_path / "photos/good/new.png")
+    found = evaluate(bundle, tmp_path / "photos", "cpu")
+    assert (found.held_out_good, found.false_rejects.of, len(found.seen)) == (0, 1, 12)
 
 
 def test_images_that_training_saw_are_left_out(tree, tiny_bundle, good_parts, tmp_path):

@@ -75,6 +75,8 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(options, tmp_path):
     assert same_weights(whole, resumed)
     assert resumed.threshold == whole.threshold
     assert not (options.out / FILE).exists()
+    reports = [(folder / "report" / "losses.png").read_bytes() for folder in (options.out, tmp_path / "whole")]
+    assert reports[0] == reports[1], "the report shows the losses of all steps"
 
 
 def test_a_checkpoint_of_another_run_is_refused_unless_told_to_restart(options):
@@ -104,7 +106,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=rf"step 3 was not written: .*No space left.*{FILE}.*before it is whole"):
         train(replace(options, checkpoint_s=0))
     assert (options.out / FILE).read_bytes() == before
     assert [p.name for p in options.out.iterdir()] == [FILE]
@@ -366,7 +368,32 @@ def test_mixed_sizes_and_few_images_are_said(options, good_parts, tmp_path):
     said = "\n".join(notes.said)
     assert "images of 4 sizes, 96x93 to 96x96 px" in said
     assert "pixel formats are mixed: BGR8, Mono8" in said
-    assert "only 4 images: expect" in said
+    assert "only 4 different images: expect" in said
+
+
+def test_a_bundle_is_finished_also_when_its_report_cannot_be_written(options):
+    options.out.mkdir()
+    (options.out / "report").write_text("in the way")
+    with pytest.raises(OSError, match="is finished and can be used, but its report was not written"):
+        train(options)
+    assert read_bundle(options.out).training["steps"] == 5
+
+
+@pytest.mark.parametrize("after", ["reading the images", "before the first step"])
+def test_stopping_before_the_first_step_writes_nothing(options, after):
+    class Impatient(Notes):
+        def should_stop(self):
+            return after == "reading the images" or any("teacher's features" in line for line in self.said)
+
+    with pytest.raises(TrainingStopped, match=f"{after}.*nothing was written"):
+        train(options, Impatient())
+    assert not list(options.out.iterdir())
+
+
+def test_parts_are_not_turned_under_areas_that_stay_where_they_are(options):
+    spec = replace(options.preprocess, ignore=np.eye(96, dtype=bool))
+    with pytest.raises(TrainingError, match="--flip and --rotate would turn the ignored areas"):
+        train(replace(options, preprocess=spec, turns=Turns(flip_vertical=True)))
 
 
 def test_a_full_gpu_says_what_to_change(options, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline import bundle as bundle_module
 from pipeline.bundle import MANIFEST, WEIGHTS, BundleError, read_bundle, write_bundle
 from pipeline.preprocess import PreprocessSpec
 from pipeline.scoring import FrameArea
@@ -22,12 +24,10 @@ def copy(tiny_bundle, tmp_path):
 
 def edit_manifest(folder, change):
     """Change the manifest and make its checksum fit again, as a foreign writer would."""
-    from pipeline import bundle
-
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest.pop("checksum")
     change(manifest)
-    manifest["checksum"] = bundle.sha256_hex(bundle._canonical(manifest))
+    manifest["checksum"] = bundle_module.sha256_hex(bundle_module._canonical(manifest))
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -50,6 +50,30 @@ def test_what_is_written_is_what_is_read(tiny_bundle, tmp_path, rng):
     assert all(torch.equal(read.model.weights[k], v) for k, v in bundle.model.weights.items())
     assert written.model_id == bundle.model_id, "same weights, same model"
     assert written.calibration_id != bundle.calibration_id, "other preprocessing, other calibration"
+
+
+def test_a_bundle_replaces_another_whole_or_not_at_all(tiny_bundle, copy, monkeypatch):
+    before = read_bundle(copy)
+    changed = {name: tensor + 1 for name, tensor in before.model.weights.items()}
+    after = replace(before, model=replace(before.model, weights=changed), threshold=before.threshold + 1)
+    whole = bundle_module.write_atomically
+
+    def disk_full(path, blob):
+        if path.name == MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        whole(path, blob)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle_module, "write_atomically", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            write_bundle(after, copy)
+    assert read_bundle(copy).model_id == before.model_id
+    for wanted in (after, before, after):
+        written = write_bundle(wanted, copy)
+        assert written.threshold == read_bundle(copy).threshold == wanted.threshold
+        assert torch.equal(written.model.weights["teacher_mean"], wanted.model.weights["teacher_mean"])
+        assert len(list(copy.glob("weights*"))) == 1, "what is no longer named is gone"
+    assert write_bundle(before, copy).calibration_id == before.calibration_id, "whatever its files are called"
 
 
 def test_manifest_is_readable_and_complete(tiny_bundle):
@@ -135,6 +159,7 @@ def test_nothing_is_ever_unpickled(copy, name):
     ("change", "message"),
     [
         (lambda m: m["files"].update({"../../etc/passwd": {"sha256": "", "bytes": 0}}), "unknown file"),
+        (lambda m: m["files"][WEIGHTS].update(file=f"../other/{WEIGHTS}"), "unknown file"),
         (lambda m: m["architecture"]["geometry"].update(map_width=9), "map_width is 9"),
         (lambda m: m["architecture"].update(size="huge"), "EfficientAD huge is not known"),
         (lambda m: m["calibration"].pop("quantiles"), "'quantiles' is missing"),
