@@ -199,6 +199,7 @@ class Acquisition:
     def _open(self) -> None:
         with self._driver():
             info = self.camera.open()
+        self._line.ring.reserve(info.frame_bytes)
         state = self._line.state
         again = state.source is not None
         self._line.state = CameraState(connected=True, source=info.source, reopened=state.reopened + again)
@@ -285,7 +286,11 @@ class Acquisition:
         if frame.status is FrameStatus.COMPLETE and frame.image is not None:
             slot = self._lease()
             if slot is not None:
-                frame.image = slot.store(frame.image)
+                try:
+                    frame.image = slot.store(frame.image)
+                except BaseException:
+                    line.ring.give_back(slot)
+                    raise
                 frame.grabbed_ns = time.monotonic_ns()
                 line.send(Grabbed(entry, slot))
                 return

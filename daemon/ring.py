@@ -22,10 +22,14 @@ class Slot:
     """Gives so many bytes."""
     memory: Memory = field(default_factory=lambda: np.empty(0, np.uint8))
 
+    def reserve(self, size: int) -> None:
+        """Have room for a frame of so many bytes."""
+        if self.memory.nbytes < size:
+            self.memory = self.allocate(size)
+
     def store(self, image: Image) -> Image:
         """Copy an image in and return the view of the copy."""
-        if self.memory.nbytes < image.nbytes:
-            self.memory = self.allocate(image.nbytes)
+        self.reserve(image.nbytes)
         view: Image = self.memory[: image.nbytes].view(image.dtype).reshape(image.shape)
         np.copyto(view, image)
         return view
@@ -46,6 +50,12 @@ class FrameRing:
             if not self._changed.wait_for(lambda: self._free, timeout_s):
                 return None
             return self._free.pop()
+
+    def reserve(self, size: int) -> None:
+        """Have room in all free slots for frames of so many bytes, before the first one comes."""
+        with self._changed:
+            for slot in self._free:
+                slot.reserve(size)
 
     def give_back(self, slot: Slot) -> None:
         """Return a slot; its memory may be overwritten from now on."""

@@ -239,8 +239,9 @@ class Station:
         choice = self._engine_for(config, bundle)
         engine = choice.engine
         self._log.info("engine", device=engine.device, precision=engine.precision, because=choice.because)
-        engine.warm_up()
-        return Inspector(bundle, engine, limits=config.plausible.limits(), threshold=config.threshold)
+        inspector = Inspector(bundle, engine, limits=config.plausible.limits(), threshold=config.threshold)
+        inspector.warm_up()
+        return inspector
 
     # Starting
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar, Protocol
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from drivers.frame import Frame, PixelFormat
@@ -47,6 +48,14 @@ class CameraInfo:
     """Pixels; None where frames vary in size."""
     pixel_format: PixelFormat | None = None
     """None where frames vary in format."""
+
+    @property
+    def frame_bytes(self) -> int:
+        """Size of a frame; 0 where frames vary."""
+        if self.width is None or self.height is None or self.pixel_format is None:
+            return 0
+        fmt = self.pixel_format
+        return self.width * self.height * fmt.channels * np.dtype(fmt.dtype).itemsize
 
 
 class Fires(Enum):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 
 import cupy
 import numpy as np
@@ -24,8 +25,9 @@ from pipeline.scoring import FloatMap
 
 _RUNS_BEFORE_CAPTURE = 3
 """cuDNN chooses its algorithms, and the allocator gets its memory, outside the capture."""
-_CAPTURING = threading.Lock()
-"""One capture at a time in a process: a reload and a restarted engine may both want one."""
+_CAPTURING = ThreadPoolExecutor(1, "capture")
+"""One capture at a time, and all on one thread that stays: cuDNN keeps what it chose and built for as long as the
+thread lives that asked for it."""
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -43,18 +45,19 @@ class CudaEngine:
         networks = FoldedEfficientAD(model.networks())
         self._networks = networks.to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         g = self._geometry = model.geometry
+        # Memory of the engine that this one replaces; CuPy keeps it by stream and would not give it to another.
+        cupy.get_default_memory_pool().free_all_blocks()
         self._input = torch.zeros(1, 3, g.image_height, g.image_width, device="cuda")
+        self._given = torch.zeros(1, 3, g.image_height, g.image_width, pin_memory=True)
         self._maps = torch.zeros(2, g.map_height, g.map_width, pin_memory=True)
         self._preprocess = CudaPreprocessor(model.preprocess, cupy.from_dlpack(self._input[0]))
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._borrowed = cupy.cuda.ExternalStream(self._stream.cuda_stream)
-        self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._teaching = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._arrived = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._prepared = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         # What was filled on the default stream is there before our own streams, which do not wait by themselves.
         torch.cuda.current_stream().synchronize()
-        self._graph = self._capture()
+        self._graph = _CAPTURING.submit(self._capture).result()
 
     def warm_up(self) -> None:
         """Run once on what lies in the input."""
@@ -77,8 +80,9 @@ class CudaEngine:
 
     def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
         """Compute the raw maps of one prepared image, (map_height, map_width) each."""
+        self._given[0].copy_(torch.from_numpy(prepared))
         with self._queueing():
-            self._input.copy_(torch.from_numpy(prepared)[None])
+            self._input.copy_(self._given, non_blocking=True)
             self._replay()
         st, ae = self._take_maps()
         return st, ae
@@ -100,10 +104,7 @@ class CudaEngine:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with (
-            _CAPTURING,
-            torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False),
-        ):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
             with torch.cuda.stream(self._stream):
                 for _ in range(_RUNS_BEFORE_CAPTURE):
                     self._compute()
@@ -117,22 +118,32 @@ class CudaEngine:
     def _compute(self) -> None:
         """Queue everything from the input to the maps in host memory on our streams."""
         networks, main = self._networks, self._stream
+        beside, teaching = _side_streams()
         image = self._input.to(_TYPES[self.precision], memory_format=torch.channels_last)
-        self._beside.wait_stream(main)
-        with torch.cuda.stream(self._beside):
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside):
             predicted = networks.predict(self._input)
 
         def tile_maps(tile: Tile) -> tuple[Tensor, Tensor]:
             piece = image[:, :, tile.y_px, tile.x_px]
             # Waits for the tile before as well: its features' memory may be used again.
-            self._teaching.wait_stream(main)
-            with torch.cuda.stream(self._teaching):
+            teaching.wait_stream(main)
+            with torch.cuda.stream(teaching):
                 described = networks.teacher(piece)
             student = networks.student(piece)
-            main.wait_stream(self._teaching)
-            main.wait_stream(self._beside)
+            main.wait_stream(teaching)
+            main.wait_stream(beside)
             maps: tuple[Tensor, Tensor] = networks.tile_maps(described, student, predicted, tile)
             return maps
 
         both = maps_by_tiles(self._geometry, tile_maps)
         self._maps.copy_(torch.cat(both).float(), non_blocking=True)
+
+
+@lru_cache(1)
+def _side_streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Return the streams beside an engine's own; only a capture needs them, so all engines share two.
+
+    torch hands 32 streams out in turns: new ones for each engine would soon be a judging engine's own.
+    """
+    return torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]

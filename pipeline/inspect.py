@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from drivers.frame import Frame, FrameStatus, PixelFormat
+from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from pipeline.bundle import Bundle
 from pipeline.engine import Engine
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
@@ -88,6 +88,22 @@ class Inspector:
         trained = [PixelFormat(name) for name in bundle.training.get("pixel_formats", ())]
         self._trained_bits = {fmt.bits for fmt in trained if fmt.bits > 8}
         self._scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
+
+    def warm_up(self) -> None:
+        """Do what is done once only, so that the first part is not the slowest.
+
+        Preparing dark frame and flat field for a 5 MP camera takes as long as a deadline.
+        """
+        self.engine.warm_up()
+        spec = self.bundle.model.preprocess
+        given = next((array for array in (spec.dark, spec.flat, spec.ignore) if array is not None), None)
+        if given is None:
+            return
+        for name in self.bundle.training.get("pixel_formats", ()):
+            fmt = PixelFormat(name)
+            shape = given.shape[:2] + ((3,) if fmt.channels == 3 else ())
+            blank: Image = np.zeros(shape, np.uint8) if fmt.bits == 8 else np.zeros(shape, np.uint16)
+            self.engine.raw_maps(blank, fmt)
 
     def inspect(self, frame: Frame) -> Inspection:
         """Judge one frame; every failure becomes INVALID with its reason, nothing is raised.

@@ -38,7 +38,7 @@ class Notes(Listener):
         self.steps.append((done, losses))
 
     def should_stop(self):
-        return self.stop_after is not None and self.steps[-1][0] >= self.stop_after
+        return self.stop_after is not None and bool(self.steps) and self.steps[-1][0] >= self.stop_after
 
 
 @pytest.fixture

@@ -87,6 +87,8 @@ def test_slots_are_copied_into_reused_and_limited(rng):
     assert again.store(np.ones((3, 3), np.uint8)).base is not None
     assert again.memory is memory, "no new memory for a smaller frame"
     ring.give_back(again)
+    ring.reserve(1000)
+    assert again.memory.nbytes == 1000
     ring.replace()
     assert ring.free_slots == 2, "one for the slot that never comes back"
     np.testing.assert_array_equal(ring.lease(0).store(stored), stored)

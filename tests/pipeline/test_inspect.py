@@ -206,3 +206,21 @@ def test_cuda_asked_for_and_missing_is_an_error_and_auto_says_why(bundle, monkey
     choice = make_engine(bundle, "auto")
     assert choice.engine.device == "cpu"
     assert "no CUDA device" in choice.because
+
+
+def test_what_a_first_frame_needs_is_prepared_before_it_comes(bundle, rng):
+    seen = []
+
+    class Watching(CannedEngine):
+        def raw_maps(self, image, fmt):
+            seen.append((image.shape, image.dtype, fmt))
+            return self.maps
+
+    maps = np.zeros((8, 8), np.float32)
+    Inspector(bundle, Watching(maps, maps)).warm_up()
+    assert seen == [], "without corrections nothing depends on the frame's size"
+    spec = replace(bundle.model.preprocess, dark=rng.random((50, 60)).astype(np.float32))
+    training = {**bundle.training, "pixel_formats": ["BayerRG12", "BGR8"]}
+    corrected = replace(bundle, model=replace(bundle.model, preprocess=spec), training=training)
+    Inspector(corrected, Watching(maps, maps)).warm_up()
+    assert seen == [((50, 60), np.uint16, PixelFormat.BAYER_RG12), ((50, 60, 3), np.uint8, PixelFormat.BGR8)]
