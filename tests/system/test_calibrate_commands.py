@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -35,18 +36,27 @@ def parts(tmp_path_factory):
     return root
 
 
-def test_train_evaluate_and_report(parts, good_parts, tmp_path):
-    out = tmp_path / "model"
-    said = inspectord("train", good_parts, "-o", out, "--preset", "quick", "--steps", 3, "--image-size", "64x64")
+def test_train_evaluate_and_report(parts, tmp_path):
+    photos, out = shutil.copytree(parts, tmp_path / "photos"), tmp_path / "model"
+    said = inspectord(
+        "train", photos / "good", "-o", out, "--preset", "quick", "--steps", 3, "--image-size", "64x64"
+    )
     assert "teacher: " in said
+    assert "8 different images" in said
     assert (out / "report" / "report.html").is_file()
-    said = inspectord("evaluate", out, parts, "--json", tmp_path / "e.json", "--report", tmp_path / "report")
-    assert "image AU-ROC" in said
-    assert "no mask" in said
-    facts = json.loads((tmp_path / "e.json").read_text())
-    assert facts["kinds"]["stain"]["images"] == 3
-    assert facts["run"]["training"]["preset"] == "quick"
-    assert (tmp_path / "report" / "report.html").is_file()
+    for _ in range(2):  # the second time, the first report's pictures lie there, too
+        said = inspectord("evaluate", out, photos, "--json", tmp_path / "e.json", "--report", photos / "report")
+        assert "image AU-ROC" in said
+        assert "no mask" in said
+        assert "the 1 that training held out stand in" in said
+        facts = json.loads((tmp_path / "e.json").read_text())
+        assert list(facts["kinds"]) == ["stain"]
+        assert facts["kinds"]["stain"]["images"] == 3
+        assert facts["run"]["training"]["preset"] == "quick"
+        assert facts["run"]["training"]["whiten"] is False
+        assert (photos / "report" / "report.html").is_file()
+    inspectord("train", photos / "good", "-o", out, "--steps", 3, "--image-size", "64x64", "--overwrite")
+    inspectord("evaluate", out, photos)
     said = inspectord("evaluate", out, parts, "--json", tmp_path / "no" / "e.json", code=2)
     assert "--json" in said
 
