@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -53,6 +53,16 @@ class Side:
     reference_device: Literal["cpu", "cuda"] = "cpu"
 
 
+class Answer(NamedTuple):
+    """What a side's process says of one round."""
+
+    peak_memory_mib: float
+    """Largest resident memory so far."""
+    device_memory_mib: float | None
+    """Largest memory of the GPU that PyTorch has reserved so far; None on the CPU."""
+    took_ms: list[float]
+
+
 class SideFailed(Exception):
     """A side's process ended or raised; the message says which."""
 
@@ -75,14 +85,14 @@ def bench_engine(
     """
     with ExitStack() as stack:
         asking = [stack.enter_context(_process(side)) for side in sides]
-        once_ms = [min(ask(_WARM_UP)[1]) for ask in asking]
+        latest = [ask(_WARM_UP) for ask in asking]
+        once_ms = [min(answer.took_ms) for answer in latest]
         times: list[list[float]] = [[] for _ in sides]
-        peaks = [0.0] * len(sides)
         for turn in range(_ROUNDS):
             for index, ask in enumerate(asking):
                 count = max(1, round(seconds * 1000 / _ROUNDS / once_ms[index]))
-                peaks[index], took = ask(count)
-                times[index] += took
+                latest[index] = ask(count)
+                times[index] += latest[index].took_ms
             on_round(turn + 1, _ROUNDS)
     device = "cuda" if any(side.engine == "cuda" for side in sides) else "cpu"
     gmac_per_s = _machine_limits(sides[0].threads) if limits and device == "cpu" else {}
@@ -103,7 +113,8 @@ def bench_engine(
                 "median_ms": medians[index],
                 "p10_ms": float(np.percentile(times[index], 10)),
                 "p90_ms": float(np.percentile(times[index], 90)),
-                "peak_memory_mib": peaks[index],
+                "peak_memory_mib": latest[index].peak_memory_mib,
+                "device_memory_mib": latest[index].device_memory_mib,
                 "ratio_to_reference": base[side.size] / medians[index] if side.size in base else None,
                 "gmac": work,
                 "limit_ms": None if limit is None else work / limit * 1000,
@@ -115,15 +126,15 @@ def bench_engine(
 
 
 @contextmanager
-def _process(side: Side) -> Iterator[Callable[[int], tuple[float, list[float]]]]:
-    """Start a side; yields a function that has it infer so often and returns its peak MiB and times, ms."""
+def _process(side: Side) -> Iterator[Callable[[int], Answer]]:
+    """Start a side; yields a function that has it infer so often."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_serve, args=(theirs, asdict(side)), daemon=True)
     process.start()
     theirs.close()
 
-    def ask(count: int) -> tuple[float, list[float]]:
+    def ask(count: int) -> Answer:
         try:
             ours.send(count)
             if not ours.poll(_ANSWER_S):
@@ -133,7 +144,7 @@ def _process(side: Side) -> Iterator[Callable[[int], tuple[float, list[float]]]]
             raise SideFailed(f"{side.engine} {side.precision} {side.size}: its process has ended") from error
         if isinstance(answer, str):
             raise SideFailed(f"{side.engine} {side.precision} {side.size}: {answer}")
-        return cast(tuple[float, list[float]], answer)
+        return cast(Answer, answer)
 
     try:
         yield ask
@@ -162,7 +173,8 @@ def _serve(connection: Connection, description: dict[str, Any]) -> None:
             began_ns = time.perf_counter_ns()
             infer(image)
             took_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
-        connection.send((_peak_mib(), took_ms))
+        on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        connection.send(Answer(_peak_mib(), torch.cuda.max_memory_reserved() / 2**20 if on_cuda else None, took_ms))
 
 
 def _peak_mib() -> float:
@@ -202,6 +214,8 @@ def random_networks(size: PdnSize, geometry: Geometry) -> EfficientAD:
 
 class Reference:
     """Inference as the public reference does it: eager PyTorch, float32, one network after the other.
+
+    On a GPU that means PyTorch's own default, convolutions in TF32.
 
     Written out, so that it stays what it is when our own networks get faster.
     """
