@@ -60,7 +60,7 @@ def find_teacher(name: str | None, size: PdnSize, seed: int) -> Teacher:
     shipped = shipped_teachers(size)
     if name is None:
         if not shipped:
-            raise TeacherError(f"no {size} teacher ships; give --teacher a file, or {RANDOM} (far less accurate)")
+            raise TeacherError(f"no {size} teacher ships; give --teacher a file, or {RANDOM}")
         name = shipped[0]
     if name == RANDOM:
         facts = {"name": RANDOM, "origin": "random weights, no training", "seed": seed}

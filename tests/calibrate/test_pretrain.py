@@ -15,7 +15,7 @@ from calibrate.layouts import DatasetError, ImageFile
 from calibrate.patches import draw_scenes, read_labelled
 from calibrate.pretrain import PretrainOptions, fold_batch_norm, pretrain
 from calibrate.procedural import FIELDS, MARK_LABELS, PROGRAMS, SHAPES, natural_like, program_labels, scene, texture
-from calibrate.teacher import find_teacher, read_teacher
+from calibrate.teacher import find_teacher, read_teacher, shipped_teachers
 from calibrate.train import Listener, TrainingError, TrainingStopped
 from pipeline.networks import pdn
 
@@ -270,7 +270,8 @@ def test_a_resnet_is_built_from_its_state_dict():
 def test_pretraining_from_a_backbone_file(tmp_path, photographs, monkeypatch):
     torch.save(resnet_state(), tmp_path / "backbone.pth")
     monkeypatch.setattr("calibrate.distill.distill.__kwdefaults__", {
-        "steps": 1, "batch": 1, "statistics_batches": 1, "backbone_px": 64, "on_step": None, "on_statistics": None,
+        "steps": 1, "batch": 1, "statistics_batches": 1, "backbone_px": 64, "device": None,
+        "on_step": None, "on_statistics": None,
     })  # fmt: skip
     options = PretrainOptions(
         tmp_path / "d-small.safetensors",
@@ -285,4 +286,6 @@ def test_pretraining_from_a_backbone_file(tmp_path, photographs, monkeypatch):
 
 def test_the_default_teacher_ships_and_random_is_there_by_name():
     assert find_teacher(None, "small", 0).facts["name"] == "procedural"
+    assert shipped_teachers("small") == ["procedural", "photographs"], "the default first"
+    assert "labelled photographs" in find_teacher("photographs", "small", 0).facts["origin"]
     assert find_teacher("random", "small", 3).facts["seed"] == 3
