@@ -21,8 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from daemon.ring import Slot
+from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
-from pipeline.engine import Precision
+from pipeline.engine import CalibratedEngine, Precision
+from pipeline.engines import frame_memory
 from pipeline.folded import FoldedEfficientAD
 from pipeline.geometry import Geometry
 from pipeline.machine import describe_machine
@@ -38,7 +41,15 @@ _SPREAD = 0.05
 _ANSWER_S = 600.0
 
 EngineName = Literal["reference", "cpu", "cuda"]
-Infer = Callable[[NDArray[np.float32]], object]
+
+
+@dataclass(frozen=True)
+class FrameOf:
+    """What a camera would deliver."""
+
+    width: int
+    height: int
+    pixel_format: PixelFormat
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,8 @@ class Side:
     geometry: Geometry
     threads: int | None
     reference_device: Literal["cpu", "cuda"] = "cpu"
+    frame: FrameOf | None = None
+    """Our engines begin with such a frame in host memory; None: with a prepared image, as the reference does."""
 
 
 class Answer(NamedTuple):
@@ -109,10 +122,12 @@ def bench_engine(
                 "size": side.size,
                 "image_size": [side.geometry.image_width, side.geometry.image_height],
                 "tiles": [side.geometry.tile_rows, side.geometry.tile_columns],
+                "frame": None if side.frame is None or side.engine == "reference" else asdict(side.frame),
                 "runs": len(times[index]),
                 "median_ms": medians[index],
                 "p10_ms": float(np.percentile(times[index], 10)),
                 "p90_ms": float(np.percentile(times[index], 90)),
+                "p99_ms": float(np.percentile(times[index], 99)),
                 "peak_memory_mib": latest[index].peak_memory_mib,
                 "device_memory_mib": latest[index].device_memory_mib,
                 "ratio_to_reference": base[side.size] / medians[index] if side.size in base else None,
@@ -158,8 +173,9 @@ def _serve(connection: Connection, description: dict[str, Any]) -> None:
     """Be one side: infer as often as asked, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the bench's own affair
     try:
-        side = Side(**{**description, "geometry": Geometry(**description["geometry"])})
-        infer, image = _make_side(side)
+        frame = description["frame"]
+        made = {"geometry": Geometry(**description["geometry"]), "frame": frame and FrameOf(**frame)}
+        infer = _make_side(Side(**{**description, **made}))
     except Exception as error:  # noqa: BLE001 - told to the other process, which raises it
         connection.send(f"{type(error).__name__}: {error}")
         return
@@ -171,7 +187,7 @@ def _serve(connection: Connection, description: dict[str, Any]) -> None:
         took_ms = []
         for _ in range(count):
             began_ns = time.perf_counter_ns()
-            infer(image)
+            infer()
             took_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
         on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         connection.send(Answer(_peak_mib(), torch.cuda.max_memory_reserved() / 2**20 if on_cuda else None, took_ms))
@@ -183,24 +199,43 @@ def _peak_mib() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
-def _make_side(side: Side) -> tuple[Infer, NDArray[np.float32]]:
+def _make_side(side: Side) -> Callable[[], object]:
+    """Build a side; returns what is timed."""
     networks = random_networks(side.size, side.geometry)
     g = side.geometry
     image = np.random.default_rng(0).normal(0, 1, (3, g.image_height, g.image_width)).astype(np.float32)
     if side.engine == "reference":
-        return Reference(networks, side.reference_device, side.threads), image
+        reference = Reference(networks, side.reference_device, side.threads)
+        return lambda: reference(image)
     model = Model(side.size, g, PreprocessSpec(g.image_width, g.image_height), networks.state_dict())
+    engine: CalibratedEngine
     if side.engine == "cuda":
         from pipeline.engine_cuda import CudaEngine
 
-        return CudaEngine(model, side.precision).infer, image
-    from pipeline.engine_cpu import CpuEngine
-    from pipeline.openvino_graph import convolution_names
+        engine = CudaEngine(model, side.precision)
+    else:
+        from pipeline.engine_cpu import CpuEngine
+        from pipeline.openvino_graph import convolution_names
 
-    if side.precision == "int8":
-        # What they are makes no difference to speed, and looking would take memory that is not the engine's.
-        model = replace(model, ranges=dict.fromkeys(convolution_names(FoldedEfficientAD(networks)), 1.0))
-    return CpuEngine(model, side.threads, side.precision).infer, image
+        if side.precision == "int8":
+            # What they are makes no difference to speed, and looking would take memory that is not the engine's.
+            model = replace(model, ranges=dict.fromkeys(convolution_names(FoldedEfficientAD(networks)), 1.0))
+        engine = CpuEngine(model, side.threads, side.precision)
+    if side.frame is None:
+        return lambda: engine.infer(image)
+    fmt, frame = side.frame.pixel_format, _noise(side.frame, side.engine)
+    return lambda: engine.raw_maps(frame, fmt)
+
+
+def _noise(of: FrameOf, device: Literal["cpu", "cuda"]) -> Image:
+    """Fill a frame in the memory that a station would have for it."""
+    fmt = of.pixel_format
+    shape = (of.height, of.width) + ((3,) if fmt.channels == 3 else ())
+    rng, largest = np.random.default_rng(0), fmt.max_value + 1
+    drawn: Image = (
+        rng.integers(0, largest, shape, np.uint8) if fmt.bits == 8 else rng.integers(0, largest, shape, np.uint16)
+    )
+    return Slot(frame_memory(device)).store(drawn)
 
 
 def random_networks(size: PdnSize, geometry: Geometry) -> EfficientAD:

@@ -18,6 +18,7 @@ _SIZES = ("small", "medium")
 JsonOption = Annotated[Path | None, typer.Option("--json", help="write the results to this file")]
 PlotOption = Annotated[Path | None, typer.Option(help="draw a summary into this PNG")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, max=256, help="of the CPU engine; none: all cores")]
+FrameFormatOption = Annotated[str, typer.Option("--pixel-format", help="such as BayerRG8, Mono8, BGR8")]
 ModelOption = Annotated[
     Path | None, typer.Option(help="bundle; none: one trained for a few steps on the spot", file_okay=False)
 ]
@@ -36,6 +37,11 @@ def engine(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the network's input, px")] = "256x256",
     tiles: Annotated[str, typer.Option(help="ROWSxCOLUMNS of pieces")] = "1x1",
+    frame: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT: our engines begin with such a frame, not with a prepared image"),
+    ] = None,
+    pixel_format: FrameFormatOption = "BayerRG8",
     threads: ThreadsOption = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="for each engine, in ten rounds")] = 10.0,
     json_file: JsonOption = None,
@@ -43,8 +49,9 @@ def engine(
 ) -> None:
     """Time the engines beside the published implementation in eager PyTorch, from prepared image to raw maps."""
     with clear_errors():
-        from daemon.bench_engine import Side, bench_engine
+        from daemon.bench_engine import FrameOf, Side, bench_engine
         from daemon.progress import ConsoleListener
+        from drivers.frame import PixelFormat
         from pipeline.engine_cpu import cpu_precisions
         from pipeline.engines import resolve_device
         from pipeline.geometry import Geometry
@@ -55,6 +62,8 @@ def engine(
         width, height = pair(image_size, "--image-size", "512x512")
         rows, columns = pair(tiles, "--tiles", "2x2")
         geometry = Geometry(width, height, tile_rows=rows, tile_columns=columns)
+        fmt = PixelFormat(one_of(pixel_format, "--pixel-format", *(each.value for each in PixelFormat)))
+        taken = None if frame is None else FrameOf(*pair(frame, "--frame", "2448x2048"), fmt)
         sides = []
         for each in sizes:
             engines: list[tuple[str, str]] = [("reference", "fp32")]
@@ -64,7 +73,7 @@ def engine(
                 else [("cpu", precision) for precision in cpu_precisions()]
             )
             sides += [
-                Side(name, precision, each, geometry, threads, device)  # type: ignore[arg-type]
+                Side(name, precision, each, geometry, threads, device, taken)  # type: ignore[arg-type]
                 for name, precision in engines
             ]
         with ConsoleListener("rounds") as listener:
@@ -77,8 +86,8 @@ def engine(
             found = bench_engine(sides, seconds, on_round)
         columns_shown = [
             ("engine", ""), ("precision", ""), ("size", ""), ("image_size", ""), ("median_ms", ".2f"),
-            ("p10_ms", ".2f"), ("p90_ms", ".2f"), ("ratio_to_reference", ".2f"), ("limit_ms", ".2f"),
-            ("peak_memory_mib", ".0f"), ("runs", "d"),
+            ("p10_ms", ".2f"), ("p90_ms", ".2f"), ("p99_ms", ".2f"), ("ratio_to_reference", ".2f"),
+            ("limit_ms", ".2f"), ("peak_memory_mib", ".0f"), ("runs", "d"),
         ]  # fmt: skip
         names = list(dict.fromkeys(f"{r['engine']} {r['precision']}" for r in found["results"]))
         medians = {(f"{r['engine']} {r['precision']}", r["size"]): r["median_ms"] for r in found["results"]}
@@ -89,7 +98,7 @@ def engine(
 def pipeline(
     model: ModelOption = None,
     camera_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the frames, px")] = "2448x2048",
-    pixel_format: Annotated[str, typer.Option(help="such as BayerRG8, Mono8, BGR8")] = "BayerRG8",
+    pixel_format: FrameFormatOption = "BayerRG8",
     load_fps: Annotated[
         list[float] | None, typer.Option(help="frames a second; repeatable; none: half of what saturates it")
     ] = None,
@@ -108,12 +117,12 @@ def pipeline(
 
         files = Files.checked(json_file, plot)
         width, height = pair(camera_size, "--camera-size", "2448x2048")
-        formats = [each.value for each in PixelFormat]
+        fmt = one_of(pixel_format, "--pixel-format", *(each.value for each in PixelFormat))
         camera = {
             "driver": "synthetic",
             "width": width,
             "height": height,
-            "pixel_format": one_of(pixel_format, "--pixel-format", *formats),
+            "pixel_format": fmt,
         }
         if not (64 <= width <= 8192 and 64 <= height <= 8192):
             raise typer.BadParameter("sides of 64 to 8192 px", param_hint="--camera-size")

@@ -49,7 +49,9 @@ def test_the_reference_computes_the_maps_that_it_is_timed_for(rng):
 
 def test_engines_beside_the_reference(tmp_path):
     found, said = run(
-        tmp_path, "engine", "--size", "small", "--seconds", "0.1", "--image-size", "64x64", "--threads", "1"
+        tmp_path,
+        *("engine", "--size", "small", "--seconds", "0.1", "--image-size", "64x64", "--threads", "1"),
+        *("--frame", "128x96", "--pixel-format", "BGR8"),
     )
     results = found["results"]
     assert [(r["engine"], r["precision"]) for r in results] == [
@@ -58,7 +60,9 @@ def test_engines_beside_the_reference(tmp_path):
     ]
     assert results[0]["ratio_to_reference"] == 1.0
     for r in results:
-        assert 0 < r["p10_ms"] <= r["median_ms"] <= r["p90_ms"]
+        assert 0 < r["p10_ms"] <= r["median_ms"] <= r["p90_ms"] <= r["p99_ms"]
+        taken = None if r["engine"] == "reference" else {"width": 128, "height": 96, "pixel_format": "BGR8"}
+        assert r["frame"] == taken
         assert r["ratio_to_reference"] == pytest.approx(results[0]["median_ms"] / r["median_ms"])
         assert r["peak_memory_mib"] > 50
         assert r["limit_ms"] > 0
