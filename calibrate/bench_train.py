@@ -69,25 +69,27 @@ class _Straightforward:
         return float(loss.detach())
 
 
-def bench_train(options: TrainOptions, steps: int, on_round: Callable[[int, int], None]) -> dict[str, Any]:
+def bench_train(options: TrainOptions, steps: int, listener: Listener) -> dict[str, Any]:
     """Time both sides in turns in one process.
 
     Args:
         options: as for training; untiled, with the penalty and the autoencoder.
         steps: timed steps a side and round; one round more warms up.
-        on_round: told how many of how many rounds are done.
+        listener: told how many of how many rounds are done.
 
     Returns:
         `machine` and `results`, one result a side with steps_per_s and ratio_to_reference.
 
-    Raises DatasetError.
+    Raises DatasetError or TrainingStopped.
     """
     device = device_of(options.device)
     precision = resolve_precision(options.precision, device)
     preprocess = Preprocessor(options.preprocess)
-    good = good_images(options, preprocess, Listener())
+    good = good_images(options, preprocess, listener)
     trainer = Trainer(options, good, preprocess, device, precision)
-    trainer.prepare_teacher(find_teacher(options.teacher, options.size, options.seed))
+    trainer.prepare_teacher(
+        find_teacher(options.teacher, options.size, options.seed), lambda: listener.go_on("before the first round")
+    )
     reference = _Straightforward(trainer, options)
     trainer.natural.fill(options.geometry.tiles()[0])  # or the side that comes first would pay for both
     trainer.model.train()
@@ -105,7 +107,8 @@ def bench_train(options: TrainOptions, steps: int, on_round: Callable[[int, int]
                 torch.cuda.synchronize()
             if turn:
                 times[name].append(steps / (time.perf_counter() - begun))
-        on_round(turn + 1, _ROUNDS + 1)
+        listener.step(turn + 1, _ROUNDS + 1, {})
+        listener.go_on(f"after round {turn + 1} of {_ROUNDS + 1}")
     base = statistics.median(times["reference"])
     return {
         "machine": describe_machine(device.type),

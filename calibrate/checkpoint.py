@@ -53,12 +53,12 @@ def save_checkpoint(folder: Path, model: EfficientAD, optimizer: torch.optim.Ada
 def read_progress(folder: Path) -> Progress | None:
     """Read a checkpoint's header; None where there is none. Raises CheckpointError."""
     path = folder / FILE
-    if not path.exists():
+    if not has_checkpoint(folder):
         return None
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
-        return Progress(int(header["step"]), json.loads(header["settings"]), json.loads(header["losses"]))
+        return Progress(int(header["step"]), json.loads(header["settings"]), json.loads(header.get("losses", "[]")))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path.absolute()}: not a readable checkpoint ({error}); delete it or train with --restart"
@@ -89,6 +89,11 @@ def load_checkpoint(folder: Path, model: EfficientAD, optimizer: torch.optim.Ada
                 # The fused optimiser walks memory: its state must be laid out as the parameter is.
                 state[name] = torch.empty_like(parameters[index], requires_grad=False).copy_(value)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether there is something to go on from."""
+    return (folder / FILE).is_file()
 
 
 def delete_checkpoint(folder: Path) -> None:

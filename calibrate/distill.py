@@ -92,6 +92,8 @@ def distill(
     Raises DatasetError when more than 5% of the images cannot be read; fewer are passed over.
     """
     device = device or torch.device("cpu")
+    # float32 means float32: no TF32 behind its name on a GPU.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     extractor = extractor.to(device)
     pairs = (
         tuple(side.to(device) for side in _sizes(drawn, backbone_px))

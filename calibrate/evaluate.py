@@ -65,8 +65,8 @@ class Evaluation:
     test_set: TestSet
     seen: list[str]
     """Names of test images left out because the model was trained or calibrated on their content."""
-    held_out_good: int
-    """Good images that training held out and that stand in where there are no others."""
+    stand_ins: int
+    """Good images that training held out, where there are no others."""
     without_mask: int
     """Defective images that pixel metrics leave out."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Evaluation:
             "run": {
                 **self.run,
                 "left_out_as_seen": self.seen,
-                "held_out_good": self.held_out_good,
+                "stand_ins": self.stand_ins,
                 "defective_without_mask": self.without_mask,
             },
         }
@@ -127,7 +127,7 @@ def evaluate(
     Raises DatasetError when the layout is not known or an image cannot be judged, EngineUnavailable.
     """
     test_set = load_test_set(dataset)
-    images, seen, held_out_good = _unseen(test_set.images, bundle)
+    images, seen, stand_ins = _unseen(test_set.images, bundle)
     engine = make_engine(bundle, device, precision=precision)
     # A test set may hold black or repeated pictures on purpose: every image gets a score.
     limits = PlausibleLimits(black_below=0, saturated_above=1, frozen_frames=0)
@@ -162,7 +162,7 @@ def evaluate(
         scored=scored,
         test_set=test_set,
         seen=seen,
-        held_out_good=held_out_good,
+        stand_ins=stand_ins,
         without_mask=sum(s.image.kind != GOOD and not s.masked for s in scored),
         run={
             "dataset": str(dataset.absolute()),
@@ -227,16 +227,24 @@ def _unseen(images: list[TestImage], bundle: Bundle) -> tuple[list[TestImage], l
             raise DatasetError(f"{image.file.path.absolute()}: {error.strerror}") from error
     pairs = list(zip(images, digests, strict=True))
     others = any(image.kind == GOOD and digest not in known for image, digest in pairs)
-    left_out = known if others else known - held_out
-    kept = [image for image, digest in pairs if digest not in left_out]
-    seen = [image.file.name for image, digest in pairs if digest in left_out]
+    kept: list[TestImage] = []
+    seen: list[str] = []
+    stand_ins: set[str] = set()
+    for image, digest in pairs:
+        if digest not in known:
+            kept.append(image)
+        elif not others and image.kind == GOOD and digest in held_out - stand_ins:
+            stand_ins.add(digest)
+            kept.append(image)
+        else:
+            seen.append(image.file.name)
     good = sum(image.kind == GOOD for image in kept)
     if good == 0 or good == len(kept):
         raise DatasetError(
             f"{good} good and {len(kept) - good} defective images are left after leaving out {len(seen)} that the "
             "bundle was trained on; both are needed: add photographs that training has not seen"
         )
-    return kept, seen, 0 if others else good
+    return kept, seen, len(stand_ins)
 
 
 def _score(

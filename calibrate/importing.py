@@ -25,7 +25,7 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
         options: `dataset` holds the good images, `out` takes the bundle; geometry as the model was trained.
         listener: told what is found about precisions.
 
-    Raises ImportFailed when the weights are not EfficientAD's, DatasetError, or OSError.
+    Raises ImportFailed when the weights are not EfficientAD's, DatasetError, TrainingStopped, or OSError.
     """
     sides = {options.geometry.image_width, options.geometry.image_height}
     if foreign.padded not in (None, options.geometry.padded):

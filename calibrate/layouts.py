@@ -16,15 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drivers.replay import list_images
-from pipeline.bundle import MANIFEST
+from pipeline.bundle import MANIFEST, is_bundle
 
 GOOD = "good"
 _MTD_GOOD = "MT_Free"
 _MTD_TRAIN_SHARE = 0.7
 _VISA_SPLIT = Path("split_csv") / "1cls.csv"
 REPORT_PAGE = "report.html"
-_OURS = (MANIFEST, REPORT_PAGE)
-"""A folder with one of these holds a bundle or a report, whose pictures are no data."""
+REPORT_MARK = b'<meta name="generator" content="inspectord">'
 _NOT_KINDS = {"train", "validation", "ground_truth"}
 _NOT_GOOD = {"ground_truth", "test", "train", "Masks", "Anomaly"}
 
@@ -240,7 +239,7 @@ def read_labels(path: Path) -> NDArray[np.uint16]:
 
 def _files(folder: Path, prefix: str = "") -> list[ImageFile]:
     """List a folder's images, those of bundles and reports inside it left out."""
-    ours = {file.parent for name in _OURS for file in folder.rglob(name)}
+    ours = {file.parent for name in (MANIFEST, REPORT_PAGE) for file in folder.rglob(name) if _is_ours(file.parent)}
     return [
         ImageFile(prefix + name, path)
         for name, path in list_images(folder)
@@ -248,10 +247,16 @@ def _files(folder: Path, prefix: str = "") -> list[ImageFile]:
     ]
 
 
+def _is_ours(folder: Path) -> bool:
+    """Tell whether a folder holds a bundle or one of our reports, whose pictures are no data."""
+    page = folder / REPORT_PAGE
+    return is_bundle(folder) or (page.is_file() and REPORT_MARK in page.read_bytes())
+
+
 def _tree(root: Path, truth: Path) -> list[TestImage]:
     """List KIND/NAME.png with masks in truth/KIND/NAME_mask.png, NAME.png, or NAME/*.png."""
     folders = (p for p in root.iterdir() if p.is_dir() and p.name not in _NOT_KINDS)
-    kinds = sorted(folder.name for folder in folders if not any((folder / name).is_file() for name in _OURS))
+    kinds = sorted(folder.name for folder in folders if not _is_ours(folder))
     return [
         TestImage(file, kind, () if kind == GOOD else _masks(truth / kind, file.name.removeprefix(f"{kind}/")))
         for kind in kinds

@@ -47,6 +47,7 @@ def calibrate_precisions(
     scorer: Scorer,
     options: TrainOptions,
     say: Callable[[str], None] = lambda _message: None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Bundle:
     """Return the bundle with what belongs to each precision that this machine has.
 
@@ -59,6 +60,7 @@ def calibrate_precisions(
         scorer: knows the ignored areas.
         options: levels of the quantiles, false-reject rate, seed.
         say: told of a precision that is left out.
+        go_on: called before each precision; may raise to end it all.
     """
 
     def good() -> Iterator[Prepared]:
@@ -77,6 +79,7 @@ def calibrate_precisions(
         "fp32": PrecisionCalibration(bundle.quantiles, bundle.threshold, 0.0, infer_ms)
     }
     for precision in reduced_precisions("cpu" if options.device == "cpu" else "auto"):
+        go_on()
         everything = itertools.chain((held_out[index] for index in range(len(held_out))), anomalies())
         try:
             ours, infer_ms = _timed_maps(engine_of(model, precision), everything)

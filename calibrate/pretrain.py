@@ -86,7 +86,10 @@ def pretrain(options: PretrainOptions, listener: Listener | None = None) -> str:
     listener = listener or Listener()
     _check(options)
     options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    network = _distilled(options, listener) if options.target == "backbone" else _taught(options, listener)
+    try:
+        network = _distilled(options, listener) if options.target == "backbone" else _taught(options, listener)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"the GPU's memory is full: {str(error).splitlines()[0]} Try --device cpu") from error
     origin = {
         "procedural": "procedural images with procedural labels, no photographs",
         "photographs": f"labelled photographs ({_name(options.images)}) and procedural images",
@@ -113,6 +116,8 @@ def _check(options: PretrainOptions) -> None:
         raise TrainingError("--images: the procedural target takes no photographs; add --target photographs")
     if options.backbone is not None and options.target != "backbone":
         raise TrainingError("--backbone needs --target backbone")
+    if options.device == "cuda" and options.target != "backbone":
+        raise TrainingError("--device cuda: only --target backbone computes there")
 
 
 def _name(path: Path | None) -> str:

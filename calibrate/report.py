@@ -155,10 +155,10 @@ def _write(folder: Path, **content: Any) -> Path:
     pictures = list(content["figures"])
     for gallery in content["galleries"]:
         pictures += [example.picture for _, examples in gallery.groups for example in examples]
+    path = folder / REPORT_PAGE
+    write_atomically(path, html.encode())  # first: beside it, pictures are never taken for photographs of parts
     for picture in pictures:
         write_atomically(folder / f"{picture.name}.png", picture.png)
-    path = folder / REPORT_PAGE
-    write_atomically(path, html.encode())
     return path
 
 
@@ -199,13 +199,14 @@ def _rate_text(rate: Rate) -> str:
 
 def _confusion(evaluation: Evaluation) -> list[dict[str, str]]:
     good = evaluation.false_rejects
+    theirs = "; the threshold was made for these very images" if evaluation.stand_ins else ""
     rows = [
         {
             "kind": GOOD,
             "images": str(good.of),
             "ok": str(good.of - good.count),
             "ng": str(good.count),
-            "wrong": f"false rejects {_rate_text(good)}",
+            "wrong": f"false rejects {_rate_text(good)}{theirs}",
             "auroc": "",
             "aupro": "",
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from calibrate.checkpoint import (
     CheckpointError,
     Progress,
     delete_checkpoint,
+    has_checkpoint,
     load_checkpoint,
     read_progress,
     save_checkpoint,
@@ -30,7 +32,7 @@ from calibrate.trainer import Trainer
 from drivers.frame import Image, PixelFormat
 from drivers.replay import decode_image, format_of
 from pipeline.bundle import Bundle, Model, is_bundle, sha256_hex, write_bundle
-from pipeline.engine import RawMaps
+from pipeline.engine import Prepared, RawMaps
 from pipeline.engines import make_float_engine
 from pipeline.preprocess import Preprocessor, check_correction, correction_for
 from pipeline.scoring import Scorer, combine_maps
@@ -56,7 +58,7 @@ class TrainingError(Exception):
 
 
 class TrainingStopped(Exception):
-    """Training was asked to stop and left a checkpoint."""
+    """The work was asked to stop; the message says where, and what is left of it."""
 
 
 class Listener:
@@ -69,7 +71,7 @@ class Listener:
         """Tell how far training is."""
 
     def should_stop(self) -> bool:
-        """Return True to end after this step with a checkpoint."""
+        """Return True to end as soon as that can be done cleanly."""
         return False
 
     def go_on(self, where: str) -> None:
@@ -86,10 +88,14 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
     try:
         return _train(options, listener or Listener())
     except torch.OutOfMemoryError as error:
+        kept = (
+            ". There is a checkpoint, but these make another model and need --restart with them"
+            if has_checkpoint(options.out)
+            else ""
+        )
         raise TrainingError(
             f"the GPU's memory is full: {str(error).splitlines()[0]} Try --tiles 2x2, --size small, a smaller "
-            "--image-size, or --device cpu. The last checkpoint is intact, but these make another model and need "
-            "--restart with them"
+            f"--image-size, or --device cpu{kept}"
         ) from error
 
 
@@ -122,7 +128,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         listener.say(f"resuming from the checkpoint at step {progress.step} of {options.steps}")
     else:
         listener.say(f"looking at the teacher's features of {len(good.train)} images")
-        trainer.prepare_teacher(teacher, lambda: listener.go_on("before the first step; nothing was written"))
+        trainer.prepare_teacher(teacher, lambda: listener.go_on("before the first step"))
     penalty = f"{'procedural' if options.natural is None else 'natural'} images for the penalty"
     listener.say(
         f"training {options.size} on {device.type} in {precision}, {options.steps} steps, "
@@ -133,7 +139,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         listener.say(f"skipped natural image {name}: {why}")
     use_autoencoder = options.losses.autoencoder
     if use_autoencoder and options.autoencoder_map == "auto":
-        explained = trainer.explained_by_autoencoder(held_out[i] for i in range(len(held_out)))
+        explained = trainer.explained_by_autoencoder(_asking(held_out, listener))
         use_autoencoder = explained >= MIN_EXPLAINED
         listener.say(
             f"the autoencoder explains {explained:.1%} of the held-out features' variance"
@@ -221,7 +227,9 @@ def with_precisions(
     except ImportError as error:
         listener.say(f"precisions are not calibrated: {error}")
         return bundle
-    calibrated = calibrate_precisions(bundle, held_out, maps, scorer, options, listener.say)
+    calibrated = calibrate_precisions(
+        bundle, held_out, maps, scorer, options, listener.say, lambda: listener.go_on(_WHILE_CALIBRATING)
+    )
     for name, found in calibrated.precisions.items():
         listener.say(
             f"{name}: {found.infer_ms:.1f} ms, threshold {found.threshold:.4f}, scores deviate by up to "
@@ -277,6 +285,15 @@ def image_facts(good: GoodImages, options: TrainOptions) -> dict[str, Any]:
     }
 
 
+_WHILE_CALIBRATING = "while calibrating; the same command does that anew"
+
+
+def _asking(images: PreparedImages, listener: Listener) -> Iterator[Prepared]:
+    for index in range(len(images)):
+        listener.go_on(_WHILE_CALIBRATING)
+        yield images[index]
+
+
 def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions, listener: Listener) -> list[RawMaps]:
     """Run images through the float32 engine of the daemon."""
     engine = make_float_engine(model, "cpu" if options.device == "cpu" else "auto")
@@ -285,7 +302,7 @@ def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions, listen
         try:
             image = decode_image(file.path)
             maps.append(engine.raw_maps(image, format_of(image, options.pixel_format)))
-            listener.go_on("while calibrating; the same command begins that anew")
+            listener.go_on(_WHILE_CALIBRATING)
         except (OSError, ValueError) as error:
             raise DatasetError(f"{file.path.absolute()}: {error}") from error
     return maps
@@ -313,10 +330,9 @@ def _train_steps(
         try:
             save_checkpoint(options.out, model, trainer.optimizer, Progress(done, start.settings, curve))
         except OSError as error:
-            raise OSError(
-                f"the checkpoint at step {done} was not written: {error}. The one before it is whole: make room, "
-                "and the same command goes on from there"
-            ) from error
+            kept = has_checkpoint(options.out)
+            go_on = "; the one before it is whole, and the same command goes on from there" if kept else ""
+            raise OSError(f"the checkpoint at step {done} was not written: {error}{go_on}") from error
 
     for step in range(start.step, options.steps):
         losses = trainer.step(step)
@@ -386,7 +402,7 @@ def good_images(options: TrainOptions, preprocess: Preprocessor, listener: Liste
     """
 
     def fit(image: Image) -> PixelFormat:
-        listener.go_on("while reading the images; nothing was written")
+        listener.go_on("while reading the images")
         return _fit(image, preprocess, options)
 
     return load_good_images(options.dataset, options.held_out_share, options.seed, fit)
@@ -415,8 +431,7 @@ def _tell_of_images(good: GoodImages, listener: Listener) -> None:
     if len(good.pixel_formats) > 1:
         listener.say(f"pixel formats are mixed: {', '.join(good.pixel_formats)}")
     if good.corrupt:
-        files = len(good.corrupt) + len(good.train) + len(good.held_out)
-        listener.say(f"{len(good.corrupt)} of {files} files were skipped")
+        listener.say(f"{len(good.corrupt)} unreadable files were skipped")
     count = len(good.digests)
     if count < _FEW_IMAGES:
         listener.say(

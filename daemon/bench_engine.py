@@ -176,21 +176,24 @@ def _serve(connection: Connection, description: dict[str, Any]) -> None:
         frame = description["frame"]
         made = {"geometry": Geometry(**description["geometry"]), "frame": frame and FrameOf(**frame)}
         infer = _make_side(Side(**{**description, **made}))
+        while True:
+            try:
+                count = connection.recv()
+            except EOFError:
+                return
+            connection.send(_time(infer, count))
     except Exception as error:  # noqa: BLE001 - told to the other process, which raises it
         connection.send(f"{type(error).__name__}: {error}")
-        return
-    while True:
-        try:
-            count = connection.recv()
-        except EOFError:
-            return
-        took_ms = []
-        for _ in range(count):
-            began_ns = time.perf_counter_ns()
-            infer()
-            took_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
-        on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        connection.send(Answer(_peak_mib(), torch.cuda.max_memory_reserved() / 2**20 if on_cuda else None, took_ms))
+
+
+def _time(infer: Callable[[], object], count: int) -> Answer:
+    took_ms = []
+    for _ in range(count):
+        began_ns = time.perf_counter_ns()
+        infer()
+        took_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
+    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return Answer(_peak_mib(), torch.cuda.max_memory_reserved() / 2**20 if on_cuda else None, took_ms)
 
 
 def _peak_mib() -> float:

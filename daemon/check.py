@@ -39,7 +39,8 @@ def check_station(config: StationConfig) -> Iterator[str]:
     )
     choice = config.make_engine(bundle)
     engine = choice.engine
-    engine.warm_up()
+    inspector = Inspector(bundle, engine, limits=config.plausible.limits(), threshold=config.threshold)
+    inspector.warm_up()
     yield f"engine: {engine.device}, {engine.precision} ({choice.because})"
     camera = make_camera(config.camera)
     try:
@@ -47,7 +48,6 @@ def check_station(config: StationConfig) -> Iterator[str]:
         size = f"{info.width}x{info.height} px" if info.width else "size varies"
         yield f"camera: {info.model}, {info.source}, {size}, {info.pixel_format or 'format varies'}"
         frame = _first_frame(camera)
-        inspector = Inspector(bundle, engine, limits=config.plausible.limits(), threshold=config.threshold)
         inspection = inspector.inspect(frame)
     finally:
         camera.close()

@@ -41,13 +41,16 @@ def engine(
         str | None,
         typer.Option(help="WIDTHxHEIGHT: our engines begin with such a frame, not with a prepared image"),
     ] = None,
-    pixel_format: FrameFormatOption = "BayerRG8",
+    pixel_format: Annotated[str | None, typer.Option(help="of that frame, such as Mono8; none: BayerRG8")] = None,
     threads: ThreadsOption = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="for each engine, in ten rounds")] = 10.0,
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """Time the engines beside the published implementation in eager PyTorch, from prepared image to raw maps."""
+    """Time the engines beside the published implementation in eager PyTorch, from prepared image to raw maps.
+
+    With --frame ours do more than that: they begin with the camera's frame.
+    """
     with clear_errors():
         from daemon.bench_engine import FrameOf, Side, bench_engine
         from daemon.progress import ConsoleListener
@@ -62,8 +65,10 @@ def engine(
         width, height = pair(image_size, "--image-size", "512x512")
         rows, columns = pair(tiles, "--tiles", "2x2")
         geometry = Geometry(width, height, tile_rows=rows, tile_columns=columns)
-        fmt = PixelFormat(one_of(pixel_format, "--pixel-format", *(each.value for each in PixelFormat)))
-        taken = None if frame is None else FrameOf(*pair(frame, "--frame", "2448x2048"), fmt)
+        if pixel_format is not None and frame is None:
+            raise typer.BadParameter("is that of a --frame", param_hint="--pixel-format")
+        fmt = one_of(pixel_format or "BayerRG8", "--pixel-format", *(each.value for each in PixelFormat))
+        taken = None if frame is None else FrameOf(*pair(frame, "--frame", "2448x2048"), PixelFormat(fmt))
         sides = []
         for each in sizes:
             engines: list[tuple[str, str]] = [("reference", "fp32")]
@@ -80,8 +85,7 @@ def engine(
 
             def on_round(done: int, total: int) -> None:
                 listener.step(done, total, {})
-                if listener.should_stop():
-                    raise KeyboardInterrupt
+                listener.go_on(f"after round {done} of {total}")
 
             found = bench_engine(sides, seconds, on_round)
         columns_shown = [
@@ -235,13 +239,7 @@ def train(
             device=one_of(device, "--device", "auto", "cpu", "cuda"),  # type: ignore[arg-type]
         )
         with ConsoleListener("rounds") as listener:
-
-            def on_round(done: int, total: int) -> None:
-                listener.step(done, total, {})
-                if listener.should_stop():
-                    raise KeyboardInterrupt
-
-            found = bench_train(options, steps, on_round)
+            found = bench_train(options, steps, listener)
         columns = [
             ("side", ""), ("precision", ""), ("steps_per_s", ".2f"), ("slowest_steps_per_s", ".2f"),
             ("fastest_steps_per_s", ".2f"), ("ratio_to_reference", ".2f"), ("mean_loss", ".4f"),

@@ -72,7 +72,8 @@ def train(
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
     cache_mib: Annotated[
-        int, typer.Option(min=0, help="memory for prepared images and the teacher's features")
+        int,
+        typer.Option(min=0, help="memory for prepared images and the teacher's features; at most half of the free"),
     ] = 4096,
     checkpoint_s: Annotated[float, typer.Option(min=0, help="seconds between checkpoints")] = 30.0,
     restart: Annotated[bool, typer.Option("--restart", help="forget an unfinished run's checkpoint")] = False,
@@ -169,8 +170,7 @@ def evaluate(
 
             def on_image(done: int, total: int) -> None:
                 listener.step(done, total, {})
-                if listener.should_stop():
-                    raise KeyboardInterrupt
+                listener.go_on("while scoring; nothing was written")
 
             result = evaluate_bundle(loaded, dataset, *engine, on_image)
         _print_evaluation(result)
@@ -184,9 +184,9 @@ def evaluate(
 def _print_evaluation(result: Evaluation) -> None:
     if result.seen:
         typer.echo(f"{len(result.seen)} images that the model was trained on are left out")
-    if result.held_out_good:
+    if result.stand_ins:
         typer.echo(
-            f"no other good images: the {result.held_out_good} that training held out stand in; the threshold is "
+            f"no other good images: the {result.stand_ins} that training held out stand in; the threshold is "
             "theirs, so photograph more good parts to see how many it rejects"
         )
     if result.without_mask:

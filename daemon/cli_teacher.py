@@ -125,7 +125,8 @@ def import_foreign(
             false_reject_rate=false_reject_rate,
             seed=seed,
         )
-        bundle = import_model(found, options, ConsoleListener())
+        with ConsoleListener() as listener:
+            bundle = import_model(found, options, listener)
     typer.echo(
         f"{out.absolute()}: model {bundle.model_id}, threshold {bundle.threshold:.4f} "
         f"from {bundle.calibration['held_out_images']} held-out images"

@@ -35,8 +35,8 @@ class ConsoleListener(Listener):
         self._task: TaskID | None = None
         self._stop = False
         self._said_s = 0.0
-        self._began: tuple[float, int] | None = None
-        """When the first step was told of, and its number."""
+        self._began = (0.0, 0, 0)
+        """When the first step was told of, its number, and of how many."""
         self._previous: Any = None
 
     def __enter__(self) -> Self:
@@ -69,10 +69,12 @@ class ConsoleListener(Listener):
             self._bar.update(self._task, completed=done, total=total, facts=facts)
             return
         now_s = time.monotonic()
-        self._began = self._began or (now_s, done)
+        _, first, of = self._began
+        if total != of or done < first:  # something else has begun
+            self._began = (now_s, done, total)
         if done == total or now_s - self._said_s > _LINE_PERIOD_S:
             self._said_s = now_s
-            began_s, first = self._began
+            began_s, first, _ = self._began
             left_s = (now_s - began_s) / (done - first) * (total - done) if total > done > first else 0
             left = f" {datetime.timedelta(seconds=round(left_s))} left" if left_s else ""
             self.say(f"{self._what} {done}/{total}{left} {facts}".rstrip())

@@ -1,13 +1,14 @@
 """A trained model on disk: one readable JSON file and the arrays that it names, all with checksums.
 
 A bundle is a folder with `bundle.json`, `weights.safetensors` and, where used, `dark_frame.npy`,
-`flat_field.npy` and `ignore_mask.png`. One that is written over another has its files under names of their own
-(`weights-0123456789ab.safetensors`), so that whatever happens meanwhile, `bundle.json` names files that are there.
+`flat_field.npy` and `ignore_mask.png`. Where a file of that name is there already, ours gets one of its own
+(`weights-0123456789ab.safetensors`): a bundle is replaced by the one step that replaces `bundle.json`.
 Reading one never unpickles anything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -37,6 +38,7 @@ MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 _ARRAYS = {"dark": "dark_frame.npy", "flat": "flat_field.npy"}
 _IGNORE = "ignore_mask.png"
+_PARTIAL = ".partial"
 _PART = re.compile(
     "|".join(
         rf"{stem}(-[0-9a-f]{{12}})?\.{suffix}"
@@ -189,33 +191,76 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "training": dict(bundle.training),
         "files": files,
     }
+    before = _files_named(folder)
     for name, facts in files.items():
-        facts["file"] = _own_name(name, facts["sha256"]) if (folder / name).exists() else name
-        write_atomically(folder / facts["file"], blobs[name])
+        facts["file"] = _free_name(folder, name, blobs[name])
     manifest["checksum"] = sha256_hex(_canonical(manifest))
     text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / MANIFEST, text.encode())
-    named = {facts["file"] for facts in files.values()}
-    for path in folder.iterdir():
-        if _PART.fullmatch(path.name) and path.name not in named:
-            path.unlink()
+    now = {facts["file"] for facts in files.values()}
+    try:
+        for name, facts in files.items():
+            write_atomically(folder / facts["file"], blobs[name])
+        write_atomically(folder / MANIFEST, text.encode())
+    except OSError:
+        _remove(folder, now - before)
+        raise
+    killed = {path.name for path in folder.glob(f"*{_PARTIAL}") if _PART.fullmatch(path.stem)}
+    _remove(folder, (before - now) | killed)
     return read_bundle(folder)
 
 
-def _own_name(name: str, sha256: str) -> str:
+def _free_name(folder: Path, name: str, blob: bytes) -> str:
+    """Return the name itself, or one that tells of the content where another file has it already."""
+    path = folder / name
+    if not path.exists() or path.read_bytes() == blob:
+        return name
     stem, _, suffix = name.partition(".")
-    return f"{stem}-{sha256[:12]}.{suffix}"
+    return f"{stem}-{sha256_hex(blob)[:12]}.{suffix}"
+
+
+def _files_named(folder: Path) -> set[str]:
+    """Name the files of the bundle that is there; none where there is none, or a damaged one."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        named = {str(facts.get("file", name)) for name, facts in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in named if _PART.fullmatch(name)}
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    for name in names:
+        with contextlib.suppress(OSError):  # what stays is in nobody's way
+            (folder / name).unlink()
 
 
 def read_bundle(folder: Path) -> Bundle:
     """Read and verify a bundle. Raises BundleError with the file and the reason."""
+    text = _read_manifest(folder)
+    while True:
+        try:
+            return _read_as_told(text, folder)
+        except BundleError:
+            # Another bundle may have taken its place, and its files with it, between two looks.
+            text, before = _read_manifest(folder), text
+            if text == before:
+                raise
+
+
+def _read_manifest(folder: Path) -> bytes:
+    path = folder / MANIFEST
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{path.absolute()}: no such file; is {folder} a bundle?") from None
+    except OSError as error:
+        raise BundleError(f"{path.absolute()}: {error.strerror}") from error
+
+
+def _read_as_told(text: bytes, folder: Path) -> Bundle:
     manifest_path = folder / MANIFEST
     try:
-        manifest = json.loads(manifest_path.read_bytes(), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise BundleError(f"{manifest_path.absolute()}: no such file; is {folder} a bundle?") from None
-    except OSError as error:
-        raise BundleError(f"{manifest_path.absolute()}: {error.strerror}") from error
+        manifest = json.loads(text, parse_constant=_refuse_constant)
     except (RecursionError, ValueError) as error:
         raise BundleError(f"{manifest_path.absolute()}: not valid JSON, damaged or truncated: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -341,7 +386,7 @@ def _read_mask(blobs: Mapping[str, bytes], name: str | None) -> BoolMap | None:
 
 def write_atomically(path: Path, blob: bytes) -> None:
     """Write a file so that after a crash either the old or the new content is there, never half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + _PARTIAL)
     try:
         with partial.open("wb") as file:
             file.write(blob)

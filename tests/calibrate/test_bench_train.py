@@ -4,6 +4,7 @@ import pytest
 
 from calibrate.bench_train import bench_train
 from calibrate.options import TrainOptions
+from calibrate.train import Listener
 from pipeline.geometry import Geometry
 from pipeline.preprocess import PreprocessSpec
 
@@ -19,7 +20,12 @@ def test_both_sides_learn_the_same(good_parts, tmp_path):
         device="cpu",
     )
     rounds = []
-    found = bench_train(options, 3, lambda done, total: rounds.append((done, total)))
+
+    class Rounds(Listener):
+        def step(self, done, total, losses):
+            rounds.append((done, total))
+
+    found = bench_train(options, 3, Rounds())
     assert rounds[-1] == (6, 6)
     reference, ours = found["results"]
     assert ours["mean_loss"] == pytest.approx(reference["mean_loss"], rel=2e-3)

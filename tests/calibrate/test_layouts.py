@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from calibrate.evaluate import evaluate
-from calibrate.layouts import DatasetError, Layout, layout_of, load_test_set, read_defects, training_files
+from calibrate.layouts import (
+    REPORT_MARK,
+    DatasetError,
+    Layout,
+    layout_of,
+    load_test_set,
+    read_defects,
+    training_files,
+)
 from calibrate.report import write_evaluation_report
 from pipeline.bundle import read_bundle
 
@@ -163,14 +171,15 @@ def test_each_layout_is_evaluated(tree, tiny_bundle, tmp_path):
         assert 0 <= kind["pixel_auroc"] <= 1
         assert 0 <= kind["pixel_aupro"] <= 1
         assert ("pixel_auspro" in kind) == (tree is loco)
-    page = write_evaluation_report(found, bundle, tmp_path / "report").read_text()
-    assert str(found.test_set.layout.value) in page
+    page = write_evaluation_report(found, bundle, tmp_path / "report")
+    assert str(found.test_set.layout.value) in page.read_text()
+    assert REPORT_MARK in page.read_bytes(), "what tells its pictures from photographs of parts"
 
 
 def test_good_and_defect_folders(tmp_path):
     folders(tmp_path)
     image(tmp_path / "r/scores.png")
-    (tmp_path / "r/report.html").write_text("")
+    (tmp_path / "r/report.html").write_text(f"<html>{REPORT_MARK.decode()}")
     assert [f.name for f in training_files(tmp_path).good] == ["1.png"]
     found = load_test_set(tmp_path)
     assert [(i.kind, len(i.masks)) for i in found.images] == [("good", 0), ("stain", 1)]
@@ -196,8 +205,10 @@ def test_defects_and_masks_are_never_taken_for_good_parts(tmp_path, monkeypatch)
     image(tmp_path / "parts/model/report/scores.png")
     (tmp_path / "parts/model/bundle.json").write_text("{}")
     image(tmp_path / "parts/r/scores.png")
-    (tmp_path / "parts/r/report.html").write_text("")
+    (tmp_path / "parts/r/report.html").write_text(f"<html>{REPORT_MARK.decode()}")
     assert [f.name for f in training_files(tmp_path / "parts").good] == ["1.png"]
+    (tmp_path / "parts/r/report.html").write_text("<html>somebody else's")
+    assert [f.name for f in training_files(tmp_path / "parts").good] == ["1.png", "r/scores.png"]
 
 
 def test_masks_with_16_bits_and_small_labels_count(tmp_path):

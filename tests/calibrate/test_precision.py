@@ -11,7 +11,7 @@ from calibrate.layouts import ImageFile
 from calibrate.normalize import score_maps
 from calibrate.options import TrainOptions
 from calibrate.precision import calibrate_precisions, check_precision, paste_anomaly
-from calibrate.train import raw_maps
+from calibrate.train import Listener, raw_maps
 from drivers.replay import list_images
 from pipeline.bundle import read_bundle
 from pipeline.engine import RawMaps
@@ -61,7 +61,7 @@ def test_ranges_that_cut_anomalies_off_are_found_out(bundle, held_out, monkeypat
 
     options = TrainOptions(dataset=files[0].path.parent, out=files[0].path.parent)
     scorer = Scorer(bundle.model.geometry)
-    maps = raw_maps(bundle.model, files, options)
+    maps = raw_maps(bundle.model, files, options, Listener())
     right = calibrate_precisions(bundle, prepared, maps, scorer, options).precisions["int8"]
     monkeypatch.setattr(calibrating, "observe_ranges", narrowed)
     wrong = calibrate_precisions(bundle, prepared, maps, scorer, options).precisions["int8"]
@@ -77,7 +77,7 @@ def test_an_engine_that_fails_costs_its_precision_and_not_the_training(bundle, h
     options = TrainOptions(dataset=files[0].path.parent, out=files[0].path.parent)
     monkeypatch.setattr(calibrating, "engine_of", broken)
     monkeypatch.setattr(calibrating, "reduced_precisions", lambda _device: ["fp16"])
-    maps, said = raw_maps(bundle.model, files, options), []
+    maps, said = raw_maps(bundle.model, files, options, Listener()), []
     found = calibrate_precisions(bundle, prepared, maps, Scorer(bundle.model.geometry), options, said.append)
     assert set(found.precisions) == {"fp32"}
     assert said == ["fp16 is left out: RuntimeError: out of memory"]

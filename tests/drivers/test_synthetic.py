@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from drivers.camera import EndOfStream
+from drivers.camera import CameraInfo, EndOfStream
 from drivers.frame import PixelFormat
 from drivers.synthetic import DEFECT_KINDS, PartRenderer, SyntheticCamera, SyntheticOptions
 
@@ -53,3 +53,12 @@ def test_truth_travels_in_the_source():
     sources = [camera.grab(0.1)[0].source for _ in range(3)]
     assert [s.split("/")[1] for s in sources] == ["000040", "000041", "000042"]
     assert all(s.split("/")[0] in DEFECT_KINDS for s in sources)
+
+
+@pytest.mark.parametrize("fmt", [PixelFormat.MONO8, PixelFormat.BAYER_RG12, PixelFormat.BGR8])
+def test_room_for_a_frame_is_known_before_it_comes(fmt):
+    camera = SyntheticCamera(SyntheticOptions(seed=1, width=96, height=64, pixel_format=fmt))
+    size = camera.open().frame_bytes
+    (frame,) = camera.grab(60)
+    assert frame.image.nbytes == size
+    assert CameraInfo("folder", "12 image files").frame_bytes == 0

@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -74,6 +75,40 @@ def test_a_bundle_replaces_another_whole_or_not_at_all(tiny_bundle, copy, monkey
         assert torch.equal(written.model.weights["teacher_mean"], wanted.model.weights["teacher_mean"])
         assert len(list(copy.glob("weights*"))) == 1, "what is no longer named is gone"
     assert write_bundle(before, copy).calibration_id == before.calibration_id, "whatever its files are called"
+
+
+def test_what_is_not_ours_stays(tiny_bundle, tmp_path, rng):
+    bundle = read_bundle(tiny_bundle)
+    mine = {"flat_field.npy": b"raw values of mine", "ignore_mask.png": b"the mask that training was given"}
+    for name, content in mine.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "weights-0123456789ab.safetensors.partial").write_bytes(b"of a run that was killed")
+    spec = replace(bundle.model.preprocess, ignore=rng.random((50, 60)) < 0.2)
+    for _ in range(2):
+        write_bundle(replace(bundle, model=replace(bundle.model, preprocess=spec)), tmp_path)
+        np.testing.assert_array_equal(read_bundle(tmp_path).model.preprocess.ignore, spec.ignore)
+    assert {name: (tmp_path / name).read_bytes() for name in mine} == mine
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_bundle_that_is_replaced_meanwhile_is_read_as_the_one_or_the_other(tiny_bundle, copy):
+    before = read_bundle(copy)
+    changed = {name: tensor + 1 for name, tensor in before.model.weights.items()}
+    both = [before, replace(before, model=replace(before.model, weights=changed))]
+    done = threading.Event()
+
+    def swap():
+        for turn in range(20):
+            write_bundle(both[turn % 2], copy)
+        done.set()
+
+    writer = threading.Thread(target=swap)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(read_bundle(copy).model_id)
+    writer.join()
+    assert seen <= {before.model_id, read_bundle(copy).model_id}
 
 
 def test_manifest_is_readable_and_complete(tiny_bundle):
