@@ -308,7 +308,7 @@ def _machine_limits(threads: int | None) -> dict[str, float]:
     import openvino as ov
     from openvino import opset13 as op
 
-    from pipeline.engine_cpu import compile_options, cpu_precisions
+    from pipeline.engine_cpu import CORE, compile_options, cpu_precisions
     from pipeline.openvino_graph import quantised_convolution
 
     channels, side = _LIMIT_CHANNELS, _LIMIT_SIDE_PX
@@ -327,7 +327,7 @@ def _machine_limits(threads: int | None) -> dict[str, float]:
             else:
                 node = op.relu(op.convolution(node, op.constant(weight), [1, 1], [1, 1], [1, 1], [1, 1]))
         graph = ov.Model([op.reduce_max(node, np.arange(4))], [parameter], "limit")
-        request = ov.Core().compile_model(graph, "CPU", compile_options(precision, threads)).create_infer_request()
+        request = CORE.compile_model(graph, "CPU", compile_options(precision, threads)).create_infer_request()
         times = []
         for _ in range(_LIMIT_TRIES):
             began_ns = time.perf_counter_ns()

@@ -20,6 +20,9 @@ from pipeline.openvino_graph import Part, Ranges, build_graph, build_observer
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import FloatMap
 
+CORE = ov.Core()
+"""The only one of the process. Where the processor has AMX, each gives its thread a stack for signals, and when two do
+not end in the reverse order of their making, one is left that is no longer there: the next Ctrl-C is a crash."""
 _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 _INTEGER_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 """Without one of these an x86 processor adds products of bytes in 16 bits, and saturates."""
@@ -27,7 +30,7 @@ _INTEGER_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 def cpu_precisions() -> list[Precision]:
     """List the precisions that this processor computes in."""
-    able = set(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    able = set(CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     if platform.machine() in ("x86_64", "AMD64") and not _INTEGER_FLAGS & processor_flags():
         able.discard("INT8")
     return [precision for precision, needed in _NEEDS.items() if needed in able]  # type: ignore[misc]
@@ -57,9 +60,8 @@ class CpuEngine:
         options = compile_options(precision, threads, pin_threads=pin_threads)
         self._tiles = self._geometry.tiles() if self._geometry.is_tiled else None
         parts: list[Part] = ["prediction", "tile"] if self._tiles else ["whole"]
-        core = ov.Core()
         self._requests = [
-            core.compile_model(build_graph(folded, part, ranges), "CPU", options).create_infer_request()
+            CORE.compile_model(build_graph(folded, part, ranges), "CPU", options).create_infer_request()
             for part in parts
         ]
 
@@ -108,7 +110,7 @@ def compile_options(precision: Precision, threads: int | None, *, pin_threads: b
 def observe_ranges(model: Model, images: Iterable[Prepared], threads: int | None = None) -> Ranges:
     """Return the largest magnitude at each convolution's input over some images."""
     graph, names = build_observer(FoldedEfficientAD(model.networks()))
-    request = ov.Core().compile_model(graph, "CPU", compile_options("fp32", threads)).create_infer_request()
+    request = CORE.compile_model(graph, "CPU", compile_options("fp32", threads)).create_infer_request()
     largest = np.zeros(len(names), np.float32)
     for image in images:
         np.maximum(largest, _run(request, image[None])[0], out=largest)

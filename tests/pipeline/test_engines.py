@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -210,3 +212,32 @@ def test_a_trained_bundle_knows_the_precisions_of_the_machine(tiny_bundle):
     assert times == sorted(times)
     own = bundle.precisions["fp32"]
     assert (own.quantiles, own.threshold, own.largest_deviation) == (bundle.quantiles, bundle.threshold, 0.0)
+
+
+_SIGNALS = """
+import os, signal
+from pipeline.bundle import Model
+from pipeline.engine_cpu import CpuEngine, cpu_precisions
+from pipeline.geometry import Geometry
+from pipeline.preprocess import PreprocessSpec
+from tests.pipeline.test_networks import seeded_model
+networks = seeded_model(geometry=Geometry(64, 64))
+model = Model("small", networks.geometry, PreprocessSpec(64, 64), networks.state_dict())
+engines = [CpuEngine(model, 1, precision) for precision in cpu_precisions() if precision != "int8"]
+engines.append(CpuEngine(model, 1))
+for engine in engines:
+    engine.warm_up()
+del engine
+while engines:
+    engines.pop(0)
+signal.signal(signal.SIGINT, lambda *_: print("heard", flush=True))
+os.kill(os.getpid(), signal.SIGINT)
+print("alive")
+"""
+
+
+def test_signals_are_heard_after_engines_have_come_and_gone():
+    done = subprocess.run(
+        [sys.executable, "-c", _SIGNALS], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\nalive\n"), done.stderr
