@@ -22,7 +22,7 @@ from pipeline.scoring import FloatMap
 
 CORE = ov.Core()
 """The only one of the process. Where the processor has AMX, each gives its thread a stack for signals; when two do
-not end in the reverse order of their making, one is left that is no longer there, and the next Ctrl-C is a crash."""
+not end in the reverse order of their making, one is left that is no longer there: the next Ctrl-C is a crash."""
 _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 _INTEGER_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 """Without one of these an x86 processor adds products of bytes in 16 bits, and saturates."""
