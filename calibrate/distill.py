@@ -95,18 +95,16 @@ def distill(
     # float32 means float32: no TF32 behind its name on a GPU.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     extractor = extractor.to(device)
-    pairs = (
-        tuple(side.to(device) for side in _sizes(drawn, backbone_px))
-        for drawn in _draws(images, batch, np.random.default_rng([seed, 0]))
-    )
-    mean, std = _statistics(extractor, (large for large, _ in pairs), statistics_batches, on_statistics)
+    draws = _draws(images, batch, np.random.default_rng([seed, 0]))
+    large = (_resized(next(draws), backbone_px, device) for _ in range(statistics_batches))
+    mean, std = _statistics(extractor, large, on_statistics)
     torch.manual_seed(seed)
     student = pdn(size, TEACHER_CHANNELS, padded=True).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     for step in range(steps):
-        large, small = next(pairs)
-        target = (_target(extractor, large) - mean) / std
-        found = student(small)
+        drawn = next(draws)
+        target = (_target(extractor, _resized(drawn, backbone_px, device)) - mean) / std
+        found = student(_resized(drawn, PDN_PX, device))
         if target.shape[-2:] != found.shape[-2:]:
             target = F.interpolate(target, size=found.shape[-2:], mode="bilinear", align_corners=False)
         loss = F.mse_loss(found, target)
@@ -127,18 +125,17 @@ def _target(extractor: nn.Module, images: Tensor) -> Tensor:
 
 def _statistics(
     extractor: nn.Module,
-    draw: Iterator[Tensor],
-    batches: int,
+    batches: Iterator[Tensor],
     on_batch: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Take mean and standard deviation of the target's channels, (1, 384, 1, 1) each, in float64."""
-    count, shift = 0, torch.zeros(TEACHER_CHANNELS).double()
-    total = squares = shift
-    for index in range(batches):
-        target = _target(extractor, next(draw)).double().transpose(0, 1).flatten(1)
+    count = 0
+    shift, total, squares = torch.zeros(3, TEACHER_CHANNELS).double()
+    for index, images in enumerate(batches):
+        target = _target(extractor, images).double().transpose(0, 1).flatten(1)
         if index == 0:
             shift = target.mean(dim=1)
-            total, squares = torch.zeros_like(shift), torch.zeros_like(shift)
+            total, squares = total.to(shift.device), squares.to(shift.device)
         centred = target - shift[:, None]
         count += target.shape[1]
         total += centred.sum(dim=1)
@@ -176,12 +173,8 @@ def _draws(
         yield drawn
 
 
-def _sizes(images: list[NDArray[np.float32]], backbone_px: int) -> tuple[Tensor, Tensor]:
-    """Resize to the backbone's and to the PDN's input, (N, 3, side, side) each, ImageNet-normalised."""
+def _resized(images: list[NDArray[np.float32]], side: int, device: torch.device) -> Tensor:
+    """Resize to a network's input, (N, 3, side, side), ImageNet-normalised."""
     mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
-
-    def tensor(side: int) -> Tensor:
-        resized = [(resize(image, side, side) - mean) / std for image in images]
-        return torch.from_numpy(np.ascontiguousarray(np.stack(resized).transpose(0, 3, 1, 2)))
-
-    return tensor(backbone_px), tensor(PDN_PX)
+    resized = [(resize(image, side, side) - mean) / std for image in images]
+    return torch.from_numpy(np.ascontiguousarray(np.stack(resized).transpose(0, 3, 1, 2))).to(device)

@@ -51,6 +51,7 @@ MIN_EXPLAINED = 0.05
 is noise that quantile normalisation would blow up to the other map's size."""
 _LOSS_POINTS = 400
 """Points of the report's loss curves."""
+_WHILE_CALIBRATING = "while calibrating; the same command does that anew"
 
 
 class TrainingError(Exception):
@@ -283,9 +284,6 @@ def image_facts(good: GoodImages, options: TrainOptions) -> dict[str, Any]:
         "digests": good.digests,
         "held_out_digests": good.held_out_digests,
     }
-
-
-_WHILE_CALIBRATING = "while calibrating; the same command does that anew"
 
 
 def _asking(images: PreparedImages, listener: Listener) -> Iterator[Prepared]:

@@ -10,7 +10,7 @@ import typer
 
 from daemon.bench_output import Bars, Files, show
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import DeviceOption, EnginePrecisionOption, engine_words, one_of, pair
+from daemon.cli_options import DeviceOption, EnginePrecisionOption, engine_words, format_named, one_of, pair
 
 _DRAWN_PARTS = 24
 _SIZES = ("small", "medium")
@@ -54,7 +54,6 @@ def engine(
     with clear_errors():
         from daemon.bench_engine import FrameOf, Side, bench_engine
         from daemon.progress import ConsoleListener
-        from drivers.frame import PixelFormat
         from pipeline.engine_cpu import cpu_precisions
         from pipeline.engines import resolve_device
         from pipeline.geometry import Geometry
@@ -67,8 +66,8 @@ def engine(
         geometry = Geometry(width, height, tile_rows=rows, tile_columns=columns)
         if pixel_format is not None and frame is None:
             raise typer.BadParameter("is that of a --frame", param_hint="--pixel-format")
-        fmt = one_of(pixel_format or "BayerRG8", "--pixel-format", *(each.value for each in PixelFormat))
-        taken = None if frame is None else FrameOf(*pair(frame, "--frame", "2448x2048"), PixelFormat(fmt))
+        fmt = format_named(pixel_format or "BayerRG8")
+        taken = None if frame is None else FrameOf(*pair(frame, "--frame", "2448x2048"), fmt)
         sides = []
         for each in sizes:
             engines: list[tuple[str, str]] = [("reference", "fp32")]
@@ -116,17 +115,15 @@ def pipeline(
     """Run a whole station, saturated and at given loads, and time each stage from frame to verdict."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         from daemon.bench_line import bench_pipeline
-        from drivers.frame import PixelFormat
         from pipeline.engines import resolve_device
 
         files = Files.checked(json_file, plot)
         width, height = pair(camera_size, "--camera-size", "2448x2048")
-        fmt = one_of(pixel_format, "--pixel-format", *(each.value for each in PixelFormat))
         camera = {
             "driver": "synthetic",
             "width": width,
             "height": height,
-            "pixel_format": fmt,
+            "pixel_format": format_named(pixel_format).value,
         }
         if not (64 <= width <= 8192 and 64 <= height <= 8192):
             raise typer.BadParameter("sides of 64 to 8192 px", param_hint="--camera-size")

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import DeviceOption, EnginePrecisionOption, area, check_file, engine_words, one_of, pair
+from daemon.cli_options import (
+    DeviceOption,
+    EnginePrecisionOption,
+    area,
+    check_file,
+    engine_words,
+    format_named,
+    one_of,
+    pair,
+)
 
 if TYPE_CHECKING:
     from calibrate.evaluate import Evaluation
@@ -86,7 +95,6 @@ def train(
         from calibrate.train import load_correction, load_mask
         from calibrate.train import train as train_bundle
         from daemon.progress import ConsoleListener
-        from drivers.frame import PixelFormat
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
@@ -113,9 +121,7 @@ def train(
                 flat=None if flat_field is None else load_correction(flat_field),
                 ignore=None if ignore_mask is None else load_mask(ignore_mask),
             ),
-            pixel_format=None
-            if pixel_format is None
-            else PixelFormat(one_of(pixel_format, "--pixel-format", *(f.value for f in PixelFormat))),
+            pixel_format=None if pixel_format is None else format_named(pixel_format),
             steps=steps or chosen.steps,
             whiten=whiten,
             seed=seed,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 if TYPE_CHECKING:
+    from drivers.frame import PixelFormat
     from pipeline.engines import DeviceChoice, PrecisionChoice
     from pipeline.scoring import FrameArea
 
@@ -39,6 +40,13 @@ def engine_words(device: str, precision: str) -> tuple[DeviceChoice, PrecisionCh
     one_of(device, "--device", *get_args(DeviceChoice))
     one_of(precision, "--precision", *get_args(PrecisionChoice))
     return cast(DeviceChoice, device), cast(PrecisionChoice, precision)
+
+
+def format_named(name: str) -> PixelFormat:
+    """Read --pixel-format. Raises typer.BadParameter."""
+    from drivers.frame import PixelFormat
+
+    return PixelFormat(one_of(name, "--pixel-format", *(each.value for each in PixelFormat)))
 
 
 def area(text: str) -> FrameArea:
