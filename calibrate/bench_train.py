@@ -13,7 +13,7 @@ import torch
 from calibrate.augment import augment
 from calibrate.options import TrainOptions
 from calibrate.teacher import find_teacher
-from calibrate.train import Listener, device_of, good_images, resolve_precision
+from calibrate.train import Listener, device_of, good_images, image_cache, resolve_precision
 from calibrate.trainer import WEIGHT_DECAY, Trainer
 from drivers.replay import decode_image, format_of
 from pipeline.machine import describe_machine
@@ -84,9 +84,9 @@ def bench_train(options: TrainOptions, steps: int, listener: Listener) -> dict[s
     """
     device = device_of(options.device)
     precision = resolve_precision(options.precision, device)
-    preprocess = Preprocessor(options.preprocess)
-    good = good_images(options, preprocess, listener)
-    trainer = Trainer(options, good, preprocess, device, precision)
+    cache = image_cache(options)
+    good = good_images(options, cache, listener)
+    trainer = Trainer(options, good, cache, device, precision)
     trainer.prepare_teacher(
         find_teacher(options.teacher, options.size, options.seed), lambda: listener.go_on("before the first round")
     )

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibrate.layouts import DatasetError, ImageFile, Layout, training_files
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.replay import decode_image, format_of
-from pipeline.preprocess import Preprocessor
+from pipeline.engine import Prepared
+from pipeline.preprocess import Preprocessor, correction_for
 
 MAX_CORRUPT_SHARE = 0.05
 
@@ -42,7 +42,10 @@ class GoodImages:
 
 
 def load_good_images(
-    dataset: Path, held_out_share: float, seed: int, fit: Callable[[Image], PixelFormat] = format_of
+    dataset: Path,
+    held_out_share: float,
+    seed: int,
+    fit: Callable[[ImageFile, Image], PixelFormat] = lambda _file, image: format_of(image),
 ) -> GoodImages:
     """List, verify and split the good images.
 
@@ -74,7 +77,7 @@ def load_good_images(
                 corrupt.append((file.name, str(error)))
                 continue
             try:
-                formats.add(fit(image).value)
+                formats.add(fit(file, image).value)
             except ValueError as error:
                 raise DatasetError(f"{file.path.absolute()}: {error}") from error
             sizes.add((image.shape[1], image.shape[0]))
@@ -138,39 +141,52 @@ def read_frame(file: ImageFile, pixel_format: PixelFormat | None = None) -> Fram
     return Frame(FrameStatus.COMPLETE, file.name, image=image, pixel_format=format_of(image, pixel_format))
 
 
-class PreparedImages:
-    """Network inputs of a list of files, each decoded once while the memory budget lasts."""
+class ImageCache:
+    """Prepares images for the networks; each is decoded once while the memory budget lasts."""
 
-    def __init__(
-        self,
-        files: Sequence[ImageFile],
-        preprocess: Preprocessor,
-        pixel_format: PixelFormat | None,
-        budget_mib: int,
-    ) -> None:
-        self._files = files
+    def __init__(self, preprocess: Preprocessor, pixel_format: PixelFormat | None, budget_mib: int) -> None:
         self._preprocess = preprocess
         self._pixel_format = pixel_format
-        self._cache: dict[int, NDArray[np.float32]] = {}
-        image_bytes = 12 * preprocess.spec.width * preprocess.spec.height
-        self._cacheable = budget_mib * 2**20 // image_bytes
-        self.cache_bytes = image_bytes * min(len(files), self._cacheable)
-        """Memory that the cache takes once it is full."""
+        self._prepared: dict[Path, Prepared] = {}
+        self.room_bytes = budget_mib * 2**20
+        """What is left of the budget."""
 
-    def __len__(self) -> int:
-        return len(self._files)
+    def add(self, file: ImageFile, image: Image) -> PixelFormat:
+        """Check that format, region, mask and corrections fit, and keep what comes of it while there is room.
 
-    def __getitem__(self, index: int) -> NDArray[np.float32]:
+        Raises ValueError.
+        """
+        pixel_format = format_of(image, self._pixel_format)
+        spec = self._preprocess.spec
+        correction_for(spec, pixel_format, spec.area(image.shape[1], image.shape[0]))
+        if self.room_bytes >= 12 * spec.width * spec.height:
+            prepared = self._preprocess(image, pixel_format)
+            self._prepared[file.path] = prepared
+            self.room_bytes -= prepared.nbytes
+        return pixel_format
+
+    def prepared(self, file: ImageFile) -> Prepared:
         """Return (3, height, width) float32. Raises DatasetError naming the file that does not fit."""
-        cached = self._cache.get(index)
-        if cached is not None:
-            return cached
-        file = self._files[index]
+        known = self._prepared.get(file.path)
+        if known is not None:
+            return known
         try:
             image = decode_image(file.path)
-            prepared = self._preprocess(image, format_of(image, self._pixel_format))
+            return self._preprocess(image, format_of(image, self._pixel_format))
         except (OSError, ValueError) as error:
             raise DatasetError(f"{file.path.absolute()}: {error}") from error
-        if len(self._cache) < self._cacheable:
-            self._cache[index] = prepared
-        return prepared
+
+
+class PreparedImages(Sequence[Prepared]):
+    """Network inputs of a list of files."""
+
+    def __init__(self, files: Sequence[ImageFile], cache: ImageCache) -> None:
+        self.files = files
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Prepared:  # type: ignore[override]
+        """Return (3, height, width) float32. Raises DatasetError naming the file that does not fit."""
+        return self._cache.prepared(self.files[index])

@@ -10,10 +10,17 @@ from calibrate.dataset import PreparedImages
 from calibrate.foreign import ForeignModel, ImportFailed
 from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
-from calibrate.train import Listener, calibrated, good_images, image_facts, raw_maps, with_precisions
+from calibrate.train import (
+    Listener,
+    calibrated,
+    good_images,
+    image_cache,
+    image_facts,
+    raw_maps,
+    with_precisions,
+)
 from pipeline.bundle import Bundle, Model, write_bundle
 from pipeline.networks import EfficientAD
-from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer
 
 
@@ -47,26 +54,23 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
             found = tuple(foreign.weights[name].shape)
             raise ImportFailed(f"{foreign.origin}: tensor {name} is {found}, not {tuple(tensor.shape)}")
     networks.load_state_dict({n: foreign.weights[n] for n in wanted}, strict=False)
-    preprocess = Preprocessor(options.preprocess)
     listener = listener or Listener()
-    good = good_images(options, preprocess, listener)
+    cache = image_cache(options)
+    good = good_images(options, cache, listener)
     statistics = foreign.statistics
     if statistics is None:
-        images = PreparedImages(good.train, preprocess, options.pixel_format, 0)
         with torch.inference_mode():
             statistics = channel_statistics(
                 piece
-                for index in range(len(images))
-                for piece in teacher_features(
-                    networks.teacher, torch.from_numpy(images[index])[None], options.geometry
-                )
+                for image in PreparedImages(good.train, cache)
+                for piece in teacher_features(networks.teacher, torch.from_numpy(image)[None], options.geometry)
             )
     networks.teacher_mean.copy_(statistics[0])
     networks.teacher_std.copy_(statistics[1])
-    held_out = PreparedImages(good.held_out, preprocess, options.pixel_format, 0)
+    held_out = PreparedImages(good.held_out, cache)
     model = Model(foreign.size, options.geometry, options.preprocess, networks.state_dict())
     scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
-    maps = raw_maps(model, good.held_out, replace(options, device="cpu"), listener)
+    maps = raw_maps(model, held_out, replace(options, device="cpu"), listener)
     bundle, _ = calibrated(
         model,
         maps,

@@ -22,7 +22,7 @@ from calibrate.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from calibrate.dataset import GoodImages, PreparedImages, load_good_images
+from calibrate.dataset import GoodImages, ImageCache, PreparedImages, load_good_images
 from calibrate.layouts import DatasetError, ImageFile, read_labels
 from calibrate.normalize import choose_threshold, map_quantiles, score_maps
 from calibrate.options import Precision, TrainOptions
@@ -30,11 +30,12 @@ from calibrate.report import TrainingRecord, write_training_report
 from calibrate.teacher import find_teacher
 from calibrate.trainer import Trainer
 from drivers.frame import Image, PixelFormat
-from drivers.replay import decode_image, format_of
+from drivers.replay import decode_image
 from pipeline.bundle import Bundle, Model, is_bundle, sha256_hex, write_bundle
 from pipeline.engine import Prepared, RawMaps
 from pipeline.engines import make_float_engine
-from pipeline.preprocess import Preprocessor, check_correction, correction_for
+from pipeline.machine import available_memory_mib
+from pipeline.preprocess import Preprocessor, check_correction
 from pipeline.scoring import Scorer, combine_maps
 
 RECIPE = 2
@@ -106,7 +107,6 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is said at once
     device = device_of(options.device)
     precision = resolve_precision(options.precision, device)
-    preprocess = Preprocessor(options.preprocess)
     try:
         scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
     except ValueError as error:
@@ -116,12 +116,13 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
             "--flip and --rotate would turn the ignored areas with the part, but they stay where they are when "
             "parts are inspected: leave one of the two out"
         )
-    good = good_images(options, preprocess, listener)
-    held_out = PreparedImages(good.held_out, preprocess, options.pixel_format, 0)
+    cache = image_cache(options)
+    good = good_images(options, cache, listener)
+    held_out = PreparedImages(good.held_out, cache)
     _tell_of_images(good, listener)
     teacher = find_teacher(options.teacher, options.size, options.seed)
     listener.say(f"teacher: {teacher.facts['name']} ({teacher.facts['origin']})")
-    trainer = Trainer(options, good, preprocess, device, precision)
+    trainer = Trainer(options, good, cache, device, precision)
     settings = _settings(trainer, good, teacher.facts)
     progress = _progress_to_resume(options, settings)
     if progress is not None:
@@ -149,7 +150,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     listener.say(f"calibrating on {len(good.held_out)} held-out images")
     weights = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
     model = Model(options.size, options.geometry, options.preprocess, weights)
-    maps = raw_maps(model, good.held_out, options, listener)
+    maps = raw_maps(model, held_out, options, listener)
     bundle, scores = calibrated(
         model,
         maps,
@@ -292,18 +293,10 @@ def _asking(images: PreparedImages, listener: Listener) -> Iterator[Prepared]:
         yield images[index]
 
 
-def raw_maps(model: Model, files: list[ImageFile], options: TrainOptions, listener: Listener) -> list[RawMaps]:
+def raw_maps(model: Model, images: PreparedImages, options: TrainOptions, listener: Listener) -> list[RawMaps]:
     """Run images through the float32 engine of the daemon."""
     engine = make_float_engine(model, "cpu" if options.device == "cpu" else "auto")
-    maps = []
-    for file in files:
-        try:
-            image = decode_image(file.path)
-            maps.append(engine.raw_maps(image, format_of(image, options.pixel_format)))
-            listener.go_on(_WHILE_CALIBRATING)
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"{file.path.absolute()}: {error}") from error
-    return maps
+    return [RawMaps(*engine.infer(image), 0, 0) for image in _asking(images, listener)]
 
 
 _ARRAY_FIELDS = ("dark", "flat", "ignore")
@@ -393,25 +386,23 @@ def _progress_to_resume(options: TrainOptions, settings: dict[str, Any]) -> Prog
     )
 
 
-def good_images(options: TrainOptions, preprocess: Preprocessor, listener: Listener) -> GoodImages:
+def image_cache(options: TrainOptions) -> ImageCache:
+    """Make the cache of a run's images, of at most half of the free memory: a small PC has other work to do, too."""
+    budget_mib = min(options.cache_mib, available_memory_mib() // 2)
+    return ImageCache(Preprocessor(options.preprocess), options.pixel_format, budget_mib)
+
+
+def good_images(options: TrainOptions, cache: ImageCache, listener: Listener) -> GoodImages:
     """Load the good images of a run, each checked against its preprocessing.
 
     Raises DatasetError or TrainingStopped.
     """
 
-    def fit(image: Image) -> PixelFormat:
+    def fit(file: ImageFile, image: Image) -> PixelFormat:
         listener.go_on("while reading the images")
-        return _fit(image, preprocess, options)
+        return cache.add(file, image)
 
     return load_good_images(options.dataset, options.held_out_share, options.seed, fit)
-
-
-def _fit(image: Image, preprocess: Preprocessor, options: TrainOptions) -> PixelFormat:
-    """Check that format, region, mask and corrections fit an image. Raises ValueError."""
-    pixel_format = format_of(image, options.pixel_format)
-    area = preprocess.spec.area(image.shape[1], image.shape[0])
-    correction_for(preprocess.spec, pixel_format, area)
-    return pixel_format
 
 
 def _tell_of_images(good: GoodImages, listener: Listener) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibrate.allocator import keep_freed_memory
 from calibrate.augment import augment, natural_image, read_natural_image, turn
-from calibrate.dataset import GoodImages, PreparedImages
+from calibrate.dataset import GoodImages, ImageCache, PreparedImages
 from calibrate.layouts import DatasetError, ImageFile
 from calibrate.losses import Losses, efficientad_losses
 from calibrate.options import TrainOptions
@@ -20,9 +20,7 @@ from calibrate.teacher import Teacher, channel_statistics, fold_into_last, teach
 from drivers.replay import list_images
 from pipeline.bundle import sha256_hex
 from pipeline.geometry import Tile
-from pipeline.machine import available_memory_mib
 from pipeline.networks import EfficientAD
-from pipeline.preprocess import Preprocessor
 
 WEIGHT_DECAY = 1e-5
 LATE_LEARNING_RATE_FACTOR, LATE_FROM_SHARE = 0.1, 0.95
@@ -48,16 +46,13 @@ class Trainer:
         self,
         options: TrainOptions,
         good: GoodImages,
-        preprocess: Preprocessor,
+        cache: ImageCache,
         device: torch.device,
         precision: str,
     ) -> None:
         self.options, self.device, self.precision = options, device, precision
         keep_freed_memory()
-        self._files = good.train
-        # Half of what is free: a small PC must not be brought to its knees for speed.
-        self._cache_mib = min(options.cache_mib, available_memory_mib() // 2)
-        self.images = PreparedImages(good.train, preprocess, options.pixel_format, self._cache_mib)
+        self.images = PreparedImages(good.train, cache)
         self.natural = _NaturalImages(options)
         self._tiles = options.geometry.tiles()
         self._order: tuple[int, NDArray[np.int64]] | None = None
@@ -70,7 +65,7 @@ class Trainer:
         learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
         self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
         self._features: dict[int, Tensor] = {}
-        self._cacheable = self._cacheable_features()
+        self._cacheable = self._cacheable_features(cache.room_bytes)
 
     def prepare_teacher(self, teacher: Teacher, on_image: Callable[[], None] = lambda: None) -> None:
         """Put the teacher in, with its features whitened or its channels normalised over the training images.
@@ -152,7 +147,7 @@ class Trainer:
 
     def file_of(self, step: int) -> ImageFile:
         """Name the file that a step learns from."""
-        return self._files[self._image_of(step)]
+        return self.images.files[self._image_of(step)]
 
     def _image_of(self, step: int) -> int:
         epoch, place = divmod(step, len(self.images))
@@ -180,13 +175,13 @@ class Trainer:
         tensor = torch.from_numpy(image)[None].to(self.device)
         return tensor.contiguous(memory_format=torch.channels_last)
 
-    def _cacheable_features(self) -> int:
-        """Return how many images' features fit beside the images; on a GPU computing them is cheaper."""
+    def _cacheable_features(self, room_bytes: int) -> int:
+        """Return how many images' features fit into memory; on a GPU computing them is cheaper."""
         options, g = self.options, self.options.geometry
         if self.device.type != "cpu" or g.is_tiled or options.turns.any:
             return 0
         bytes_each = g.map_width * g.map_height * 384 * (2 if self.precision == "bf16" else 4)
-        return max(0, self._cache_mib * 2**20 - self.images.cache_bytes) // bytes_each
+        return room_bytes // bytes_each
 
 
 class _NaturalImages:

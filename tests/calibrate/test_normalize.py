@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from calibrate.augment import augment, natural_image
-from calibrate.dataset import PreparedImages
+from calibrate.dataset import ImageCache, PreparedImages
 from calibrate.layouts import DatasetError, ImageFile
 from calibrate.normalize import choose_threshold, map_quantiles, score_maps
 from calibrate.teacher import channel_statistics, random_teacher, teacher_features
@@ -69,7 +69,7 @@ def test_too_few_scores_take_the_largest_and_say_what_that_promises():
 def test_channel_statistics_against_float64(good_parts):
     geometry = Geometry(64, 64, tile_rows=2, tile_columns=1)  # overlapping tiles: each cell counts once
     files = [ImageFile(*pair) for pair in list_images(good_parts)][:5]
-    images = PreparedImages(files, Preprocessor(PreprocessSpec(64, 64)), None, 100)
+    images = PreparedImages(files, ImageCache(Preprocessor(PreprocessSpec(64, 64)), None, 0))
     teacher = random_teacher("small", seed=4)
     with torch.no_grad():
         pieces = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calibrate import precision as calibrating
-from calibrate.dataset import PreparedImages
+from calibrate.dataset import ImageCache, PreparedImages
 from calibrate.layouts import ImageFile
 from calibrate.normalize import score_maps
 from calibrate.options import TrainOptions
@@ -30,7 +30,7 @@ def bundle(tiny_bundle):
 @pytest.fixture
 def held_out(good_parts, bundle):
     files = [ImageFile(*pair) for pair in list_images(good_parts)][:4]
-    return files, PreparedImages(files, Preprocessor(bundle.model.preprocess), None, 0)
+    return PreparedImages(files, ImageCache(Preprocessor(bundle.model.preprocess), None, 0))
 
 
 def test_an_anomaly_changes_a_part_of_the_image_and_stays_an_image(rng):
@@ -53,18 +53,18 @@ def test_pasting_is_repeatable():
 
 @needs_int8
 def test_ranges_that_cut_anomalies_off_are_found_out(bundle, held_out, monkeypatch):
-    files, prepared = held_out
+    folder = held_out.files[0].path.parent
     observe = calibrating.observe_ranges
 
     def narrowed(*arguments):
         return {name: largest / 50 for name, largest in observe(*arguments).items()}
 
-    options = TrainOptions(dataset=files[0].path.parent, out=files[0].path.parent)
+    options = TrainOptions(dataset=folder, out=folder)
     scorer = Scorer(bundle.model.geometry)
-    maps = raw_maps(bundle.model, files, options, Listener())
-    right = calibrate_precisions(bundle, prepared, maps, scorer, options).precisions["int8"]
+    maps = raw_maps(bundle.model, held_out, options, Listener())
+    right = calibrate_precisions(bundle, held_out, maps, scorer, options).precisions["int8"]
     monkeypatch.setattr(calibrating, "observe_ranges", narrowed)
-    wrong = calibrate_precisions(bundle, prepared, maps, scorer, options).precisions["int8"]
+    wrong = calibrate_precisions(bundle, held_out, maps, scorer, options).precisions["int8"]
     assert right.largest_deviation < 2 < wrong.largest_deviation, "four steps of training are no model"
     assert not wrong.trusted
 
@@ -73,26 +73,25 @@ def test_an_engine_that_fails_costs_its_precision_and_not_the_training(bundle, h
     def broken(_model, _precision):
         raise RuntimeError("out of memory")
 
-    files, prepared = held_out
-    options = TrainOptions(dataset=files[0].path.parent, out=files[0].path.parent)
+    folder = held_out.files[0].path.parent
+    options = TrainOptions(dataset=folder, out=folder)
     monkeypatch.setattr(calibrating, "engine_of", broken)
     monkeypatch.setattr(calibrating, "reduced_precisions", lambda _device: ["fp16"])
-    maps, said = raw_maps(bundle.model, files, options, Listener()), []
-    found = calibrate_precisions(bundle, prepared, maps, Scorer(bundle.model.geometry), options, said.append)
+    maps, said = raw_maps(bundle.model, held_out, options, Listener()), []
+    found = calibrate_precisions(bundle, held_out, maps, Scorer(bundle.model.geometry), options, said.append)
     assert set(found.precisions) == {"fp32"}
     assert said == ["fp16 is left out: RuntimeError: out of memory"]
 
 
 @needs_int8
 def test_the_check_on_another_machine_sees_what_differs_there(bundle, held_out):
-    _, prepared = held_out
     scorer = Scorer(bundle.model.geometry)
     engine = CpuEngine(bundle.model, precision="int8")
-    maps = [RawMaps(*engine.infer(prepared[0]), 0, 0)]
+    maps = [RawMaps(*engine.infer(held_out[0]), 0, 0)]
     (judged,) = score_maps(maps, scorer, bundle.at("int8").quantiles)
-    assert check_precision(bundle, engine, prepared[0], judged, scorer) < 1
-    assert check_precision(bundle, engine, prepared[0], judged + 1, scorer) > 1, "it prepares the frame otherwise"
-    assert np.isnan(check_precision(bundle, engine, prepared[0], np.nan, scorer))
+    assert check_precision(bundle, engine, held_out[0], judged, scorer) < 1
+    assert check_precision(bundle, engine, held_out[0], judged + 1, scorer) > 1, "it prepares the frame otherwise"
+    assert np.isnan(check_precision(bundle, engine, held_out[0], np.nan, scorer))
     cut_off = {name: largest / 50 for name, largest in bundle.model.ranges.items()}
     other = CpuEngine(replace(bundle.model, ranges=cut_off), precision="int8")
-    assert check_precision(bundle, other, prepared[0], judged, scorer) > 1
+    assert check_precision(bundle, other, held_out[0], judged, scorer) > 1

@@ -10,17 +10,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from calibrate import dataset
 from calibrate.augment import turn
 from calibrate.checkpoint import FILE, CheckpointError, read_progress
-from calibrate.dataset import load_good_images
+from calibrate.dataset import ImageCache, PreparedImages, load_good_images
 from calibrate.evaluate import evaluate
-from calibrate.layouts import DatasetError, load_test_set
+from calibrate.layouts import DatasetError, ImageFile, load_test_set
 from calibrate.losses import LossOptions
 from calibrate.options import TrainOptions, Turns
 from calibrate.teacher import find_teacher
 from calibrate.train import Listener, TrainingError, TrainingStopped, train
 from calibrate.trainer import Trainer
 from drivers.frame import PixelFormat
+from drivers.replay import decode_image, list_images
 from pipeline.bundle import read_bundle
 from pipeline.geometry import Geometry
 from pipeline.preprocess import Preprocessor, PreprocessSpec
@@ -433,6 +435,37 @@ def test_cached_features_change_nothing(options, tmp_path):
     assert same_weights(with_cache, train(replace(options, steps=12, cache_mib=0, out=tmp_path / "b")))
 
 
+def test_images_that_fit_into_memory_are_decoded_once(options, monkeypatch):
+    decoded: list[str] = []
+
+    def counting(path):
+        decoded.append(path.name)
+        return decode_image(path)
+
+    monkeypatch.setattr(dataset, "decode_image", counting)
+    images = {path.name for path in options.dataset.iterdir()}
+    train(replace(options, steps=12))
+    assert sorted(decoded) == sorted(images)
+    decoded.clear()
+    train(replace(options, steps=12, cache_mib=0, overwrite=True))
+    assert len(decoded) > 2 * len(images)
+
+
+def test_images_beside_the_memory_budget_are_decoded_anew(good_parts):
+    files = [ImageFile(*pair) for pair in list_images(good_parts)][:3]
+    preprocess = Preprocessor(PreprocessSpec(300, 300))  # 1.03 MiB each
+    cache = ImageCache(preprocess, None, 3)
+    images = PreparedImages(files, cache)
+    wanted = [preprocess(decode_image(file.path), PixelFormat.BGR8) for file in files]
+    for file in files:
+        cache.add(file, decode_image(file.path))
+    assert images[0] is images[0]
+    assert images[1] is images[1]
+    assert images[2] is not images[2]
+    for found, right in zip(images, wanted, strict=True):
+        np.testing.assert_array_equal(found, right)
+
+
 def test_turned_parts(rng):
     image = rng.normal(size=(3, 20, 20)).astype(np.float32)
     flipped = {turn(image, Turns(flip_horizontal=True), np.random.default_rng(i)).tobytes() for i in range(8)}
@@ -446,16 +479,15 @@ def test_turned_parts(rng):
 
 def test_whitened_features_are_uncorrelated_over_the_training_images(options):
     good = load_good_images(options.dataset, 0.25, 0)
-    trainer = Trainer(
-        replace(options, whiten=True), good, Preprocessor(options.preprocess), torch.device("cpu"), "fp32"
-    )
+    cache = ImageCache(Preprocessor(options.preprocess), None, 0)
+    trainer = Trainer(replace(options, whiten=True), good, cache, torch.device("cpu"), "fp32")
     trainer.prepare_teacher(find_teacher("random", "small", 0))
     with torch.no_grad():
         pieces = [trainer.model.describe(torch.from_numpy(trainer.images[i])[None])[0].flatten(1) for i in range(9)]
     features = torch.cat(pieces, dim=1).double().numpy()
     np.testing.assert_allclose(features.mean(axis=1), 0, atol=1e-3)
     np.testing.assert_allclose(features.std(axis=1), 1, atol=1e-3)
-    plain = Trainer(options, good, Preprocessor(options.preprocess), torch.device("cpu"), "fp32")
+    plain = Trainer(options, good, cache, torch.device("cpu"), "fp32")
     plain.prepare_teacher(find_teacher("random", "small", 0))
     with torch.no_grad():
         pieces = [plain.model.describe(torch.from_numpy(plain.images[i])[None])[0].flatten(1) for i in range(9)]
