@@ -387,7 +387,7 @@ def _progress_to_resume(options: TrainOptions, settings: dict[str, Any]) -> Prog
 
 
 def image_cache(options: TrainOptions) -> ImageCache:
-    """Make the cache of a run's images, of at most half of the free memory: a small PC has other work to do, too."""
+    """Make the cache of a run's images, of at most half of the free memory: a small PC has other work, too."""
     budget_mib = min(options.cache_mib, available_memory_mib() // 2)
     return ImageCache(Preprocessor(options.preprocess), options.pixel_format, budget_mib)
 
