@@ -15,7 +15,7 @@ from calibrate.options import TrainOptions
 from calibrate.teacher import find_teacher
 from calibrate.train import Listener, device_of, good_images, image_cache, resolve_precision
 from calibrate.trainer import WEIGHT_DECAY, Trainer
-from drivers.replay import decode_image, format_of
+from drivers.replay import read_image
 from pipeline.machine import describe_machine
 from pipeline.networks import TEACHER_CHANNELS, EfficientAD
 from pipeline.preprocess import Preprocessor
@@ -44,8 +44,7 @@ class _Straightforward:
         rng = np.random.default_rng([self._options.seed, 1, step])
         torch.manual_seed(int(rng.integers(2**31)))
         file = self._trainer.file_of(step)
-        image = decode_image(file.path)
-        prepared = self._preprocess(image, format_of(image, self._options.pixel_format))
+        prepared = self._preprocess(*read_image(file.path, self._options.pixel_format))
         (tile,) = self._options.geometry.tiles()
         rng.integers(1)  # the tile, drawn by the other side
         augmented = augment(prepared, rng)

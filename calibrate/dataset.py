@@ -11,7 +11,7 @@ import numpy as np
 
 from calibrate.layouts import DatasetError, ImageFile, Layout, training_files
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
-from drivers.replay import decode_image, format_of
+from drivers.replay import decode_image, described_format, format_of, read_image
 from pipeline.engine import Prepared
 from pipeline.preprocess import Preprocessor, correction_for
 
@@ -137,8 +137,8 @@ def _fingerprint(files: dict[str, list[ImageFile]]) -> str:
 
 def read_frame(file: ImageFile, pixel_format: PixelFormat | None = None) -> Frame:
     """Read one file as the frame that the replay driver would deliver. Raises OSError or ValueError."""
-    image = decode_image(file.path)
-    return Frame(FrameStatus.COMPLETE, file.name, image=image, pixel_format=format_of(image, pixel_format))
+    image, pixel_format = read_image(file.path, pixel_format)
+    return Frame(FrameStatus.COMPLETE, file.name, image=image, pixel_format=pixel_format)
 
 
 class ImageCache:
@@ -156,7 +156,7 @@ class ImageCache:
 
         Raises ValueError.
         """
-        pixel_format = format_of(image, self._pixel_format)
+        pixel_format = format_of(image, self._pixel_format or described_format(file.path))
         spec = self._preprocess.spec
         correction_for(spec, pixel_format, spec.area(image.shape[1], image.shape[0]))
         if self.room_bytes >= 12 * spec.width * spec.height:
@@ -171,8 +171,7 @@ class ImageCache:
         if known is not None:
             return known
         try:
-            image = decode_image(file.path)
-            return self._preprocess(image, format_of(image, self._pixel_format))
+            return self._preprocess(*read_image(file.path, self._pixel_format))
         except (OSError, ValueError) as error:
             raise DatasetError(f"{file.path.absolute()}: {error}") from error
 

@@ -21,8 +21,9 @@ from calibrate.evaluate import NOT_SHOWN, Evaluation, ScoredImage, declared_form
 from calibrate.layouts import GOOD, REPORT_PAGE, read_defects
 from calibrate.metrics import PRO_LIMIT, Rate
 from drivers.frame import Image, PixelFormat
-from drivers.replay import decode_image, format_of
+from drivers.replay import read_image
 from pipeline.bundle import Bundle, write_atomically
+from pipeline.preprocess import demosaic
 from pipeline.scoring import FloatMap, Scorer
 
 _SHOWN_OF_A_KIND = 3
@@ -112,7 +113,7 @@ def write_training_report(record: TrainingRecord, bundle: Bundle, folder: Path) 
     order = np.argsort(-record.held_out_scores, kind="stable")[: 2 * _SHOWN_OF_A_KIND]
     examples = []
     for place, index in enumerate(order.tolist()):
-        image = decode_image(record.held_out_paths[index])
+        image, fmt = read_image(record.held_out_paths[index], declared_format(bundle))
         area = bundle.model.preprocess.area(image.shape[1], image.shape[0])
         stretched = scorer.stretch(record.held_out_maps[index])
         pixels = np.asarray(cv2.resize(stretched, (area.width, area.height)), np.float32)
@@ -126,7 +127,7 @@ def write_training_report(record: TrainingRecord, bundle: Bundle, folder: Path) 
             window,
             None,
             bundle.threshold,
-            declared_format(bundle),
+            fmt,
         )
         examples.append(found)
     return _write(
@@ -345,7 +346,7 @@ def _scored_example(name: str, scored: ScoredImage, evaluation: Evaluation, bund
         truth = np.zeros(scored.shape, np.bool_)
         for region in read_defects(evaluation.test_set, scored.image, scored.shape)[0]:
             truth |= region.mask
-    image = decode_image(scored.image.file.path)
+    image, fmt = read_image(scored.image.file.path, declared_format(bundle))
     safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     return _example(
         safe,
@@ -356,7 +357,7 @@ def _scored_example(name: str, scored: ScoredImage, evaluation: Evaluation, bund
         window,
         truth,
         evaluation.threshold,
-        declared_format(bundle),
+        fmt,
     )
 
 
@@ -369,10 +370,11 @@ def _example(
     window: tuple[slice, slice],
     truth: NDArray[np.bool_] | None,
     threshold: float,
-    pixel_format: PixelFormat | None,
+    fmt: PixelFormat,
 ) -> Example:
-    fmt = format_of(image, pixel_format)
     shown: Pixels = np.asarray(image >> (fmt.bits - 8), np.uint8)
+    if fmt.bayer:
+        shown = np.asarray(demosaic(shown, fmt.bayer)[..., ::-1], np.uint8)
     bgr = cv2.cvtColor(shown, cv2.COLOR_GRAY2BGR) if shown.ndim == 2 else shown.copy()
     scale = min(1.0, _THUMBNAIL_PX / max(bgr.shape[:2]))
     size = (max(1, round(bgr.shape[1] * scale)), max(1, round(bgr.shape[0] * scale)))

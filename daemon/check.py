@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import cast
 
 from daemon.config import StationConfig
-from drivers.camera import Camera, CameraError, EndOfStream
+from daemon.photographs import next_frame
+from drivers.camera import CameraError, EndOfStream
 from drivers.catalog import make_camera
 from drivers.frame import Frame
 from pipeline.bundle import Bundle, read_bundle
@@ -47,7 +46,10 @@ def check_station(config: StationConfig) -> Iterator[str]:
         info = camera.open()
         size = f"{info.width}x{info.height} px" if info.width else "size varies"
         yield f"camera: {info.model}, {info.source}, {size}, {info.pixel_format or 'format varies'}"
-        frame = _first_frame(camera)
+        try:
+            frame = next_frame(camera, _FIRST_FRAME_S)
+        except EndOfStream:
+            raise CameraError("the source ended before its first frame") from None
         inspection = inspector.inspect(frame)
     finally:
         camera.close()
@@ -84,17 +86,3 @@ def _check_precision(bundle: Bundle, engine: Engine, frame: Frame, inspection: I
             f"set {instead}"
         )
     return f"precision: {engine.precision}, scores deviate by up to {deviation:.0%} of what is tolerated"
-
-
-def _first_frame(camera: Camera) -> Frame:
-    deadline_s = time.monotonic() + _FIRST_FRAME_S
-    while time.monotonic() < deadline_s:
-        try:
-            frames = camera.grab(0.5)
-        except EndOfStream:
-            raise CameraError("the source ended before its first frame") from None
-        if frames:
-            frame = frames[-1]
-            # The driver's memory is gone once the camera is closed.
-            return frame if frame.image is None else replace(frame, image=frame.image.copy())
-    raise CameraError(f"no frame within {_FIRST_FRAME_S:.0f} s; is the trigger connected?")

@@ -74,6 +74,29 @@ def check(config: ConfigOption) -> None:
 
 
 @app.command()
+def grab(
+    config: ConfigOption,
+    count: Annotated[int, typer.Argument(min=1, max=100_000, help="photographs to take")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for them", file_okay=False)],
+    every_s: Annotated[float, typer.Option(min=0, help="seconds from one to the next at least")] = 0,
+    wait_s: Annotated[float, typer.Option(min=1, help="seconds to wait for a frame (a hardware trigger)")] = 60,
+) -> None:
+    """Photograph good parts with a station's camera, to train on; of its file only `camera:` is looked at."""
+    with clear_errors():
+        from daemon.photographs import photograph
+
+        taken = skipped = 0
+        for path, frame in photograph(config, output, count, every_s, wait_s):
+            if path is None:
+                skipped += 1
+                typer.echo(f"skipped a frame: {frame.status.value} {frame.detail}", err=True)
+                continue
+            taken += 1
+            typer.echo(f"{path} {frame.pixel_format}")
+        typer.echo(f"{taken} photographs in {output.absolute()}, {skipped} frames skipped")
+
+
+@app.command()
 def watch(
     endpoint: Annotated[str, typer.Argument(help="a verdict endpoint, such as tcp://127.0.0.1:5550")],
     station: Annotated[str | None, typer.Option(help="only this station")] = None,

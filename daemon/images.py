@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
+from drivers.replay import IMAGE_SCHEMA
 from pipeline.preprocess import demosaic
 from pipeline.scoring import FloatMap
 
-IMAGE_SCHEMA = "inspectord.image/1"
 ImageFormat = Literal["png", "jpeg"]
 _JPEG_QUALITY = 95
 _PNG_COMPRESSION = 1  # zlib's fastest: sensor noise does not compress better with more effort

@@ -15,13 +15,18 @@ _TOO_OLD_NS = 100_000_000
 
 
 class Passing:
-    """Gives one pulse for each OK; the newest waits while another is given, an older one is dropped and said."""
+    """Gives one pulse for each OK; a part whose pulse would meet the one before it gets none, which is said.
+
+    A pulse that followed another at once would look like one long pulse to the PLC.
+    """
 
     def __init__(self, signal_pass: Callable[[], None], events: Events) -> None:
         self._signal_pass = signal_pass
         self._events = events
         self._changed = threading.Condition()
         self._waiting: tuple[int, int] | None = None
+        self._busy = False
+        """A pulse is asked for or being given."""
         self._ended = False
         self.call = Call()
         """Runs while the thread is inside the driver."""
@@ -32,15 +37,13 @@ class Passing:
             self._not_given(sequence, "the verdict was late")
             return
         with self._changed:
-            ended, lost = self._ended, self._waiting
-            if not ended:
-                self._waiting = (sequence, time.monotonic_ns())
+            why = "the daemon is ending" if self._ended else "the pulse before it is not over"
+            given = not (self._ended or self._busy)
+            if given:
+                self._busy, self._waiting = True, (sequence, time.monotonic_ns())
                 self._changed.notify()
-        if ended:
-            self._not_given(sequence, "the daemon is ending")
-            return
-        if lost is not None:
-            self._not_given(lost[0], "the pulse before it was not over")
+        if not given:
+            self._not_given(sequence, why)
 
     def end(self) -> None:
         """Let `run` end."""
@@ -56,15 +59,21 @@ class Passing:
                 waiting, self._waiting = self._waiting, None
             if waiting is None:
                 return
-            sequence, asked_ns = waiting
-            if time.monotonic_ns() - asked_ns > _TOO_OLD_NS:
-                self._not_given(sequence, "it came too late")
-                continue
             try:
-                with self.call.running():
-                    self._signal_pass()
-            except CameraError as error:
-                self._not_given(sequence, str(error))
+                self._give(*waiting)
+            finally:
+                with self._changed:
+                    self._busy = False
+
+    def _give(self, sequence: int, asked_ns: int) -> None:
+        if time.monotonic_ns() - asked_ns > _TOO_OLD_NS:
+            self._not_given(sequence, "it came too late")
+            return
+        try:
+            with self.call.running():
+                self._signal_pass()
+        except CameraError as error:
+            self._not_given(sequence, str(error))
 
     def _not_given(self, sequence: int, why: str) -> None:
         self._events.say(EventKind.CAMERA, "an OK part got no pass pulse", sequence=sequence, error=why)

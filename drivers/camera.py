@@ -104,7 +104,7 @@ class Camera(Protocol):
         ...
 
     def signal_pass(self) -> None:
-        """Pulse the output line for a part that is OK; nothing where none is configured.
+        """Pulse the output line for a part that is OK, until the pulse is over; nothing where none is configured.
 
         Called by another thread than the one that grabs. Raises CameraError when the line cannot be driven.
         """

@@ -61,7 +61,7 @@ class PassLine:
             camera.LineSource.Value = options.user_output
 
     def pulse(self) -> None:
-        """Energise the line for its pulse; returns when it is over, or at once where the camera times it.
+        """Energise the line for its pulse; returns when it is over.
 
         Raises CameraLost where the camera was closed before its end, or does not answer in time.
         """
@@ -69,6 +69,7 @@ class PassLine:
         if self.timed_by_camera:
             with self._using(_TOO_LATE_S):
                 self._camera.SoftwareSignalPulse.Execute()
+            time.sleep(self._options.pulse_ms / 1000)
             return
         with self._using(_TOO_LATE_S):
             try:

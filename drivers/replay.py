@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SCHEMA = "inspectord.image/1"
+"""Of the description (`NAME.json`) beside an image that the daemon has kept."""
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".webm"})
 
 
@@ -100,6 +103,35 @@ def decode_image(path: Path) -> Image:
             return image.astype(np.uint16, copy=False)
         raise ValueError("colour images with 16 bits a channel are not supported; convert them to 8 bits")
     raise ValueError(f"samples of type {image.dtype} are not supported; convert to 8 or 16 bits")
+
+
+def read_image(path: Path, declared: PixelFormat | None = None) -> tuple[Image, PixelFormat]:
+    """Decode an image file and name its pixel format: the declared one, else its description's, else its type's.
+
+    Raises OSError or ValueError as `decode_image`, `described_format` and `format_of` do.
+    """
+    image = decode_image(path)
+    return image, format_of(image, declared or described_format(path))
+
+
+def described_format(path: Path) -> PixelFormat | None:
+    """Return what the description beside a kept or captured image states; None where there is none.
+
+    The file's own type cannot tell a Bayer pattern from grey, or 12 bits from 16. Raises OSError or ValueError.
+    """
+    description = path.with_suffix(".json")
+    if not description.is_file():
+        return None
+    try:
+        described = json.loads(description.read_bytes())
+        if not isinstance(described, dict) or described.get("schema") != IMAGE_SCHEMA:
+            return None  # somebody else's file
+        if described["file"] != path.name:
+            return None
+        stated = PixelFormat(described["pixel_format"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{description.name} beside it is damaged: {error}") from error
+    return PixelFormat.BGR8 if stated is PixelFormat.RGB8 else stated  # OpenCV decodes to B, G, R
 
 
 def format_of(image: Image, declared: PixelFormat | None = None) -> PixelFormat:
@@ -188,8 +220,7 @@ class ReplayCamera:
     def _read(self, index: int, name: str, path: Path) -> Frame:
         arrived_ns = time.monotonic_ns()
         try:
-            image = decode_image(path)
-            pixel_format = format_of(image, self._options.pixel_format)
+            image, pixel_format = read_image(path, self._options.pixel_format)
         except (OSError, ValueError) as error:
             return Frame(FrameStatus.UNREADABLE, name, device_id=index, detail=str(error), arrived_ns=arrived_ns)
         return Frame(

@@ -86,7 +86,7 @@ class Inspector:
         self.threshold = bundle.threshold if threshold is None else threshold
         self._check = PlausibilityCheck(limits or PlausibleLimits())
         trained = [PixelFormat(name) for name in bundle.training.get("pixel_formats", ())]
-        self._trained_bits = {fmt.bits for fmt in trained if fmt.bits > 8}
+        self._trained = frozenset(trained)
         self._scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
 
     def warm_up(self) -> None:
@@ -153,10 +153,21 @@ class Inspector:
         )
 
     def _check_format(self, fmt: PixelFormat) -> None:
-        """Refuse 12-bit data called 16-bit, or the reverse: plausible nonsense, four bits too dark."""
-        if fmt.bits > 8 and self._trained_bits and fmt.bits not in self._trained_bits:
-            trained = ", ".join(self.bundle.training["pixel_formats"])
-            raise FormatMismatch(f"the bundle was trained on {trained}, this is {fmt.value}; set pixel_format")
+        """Refuse plausible nonsense: 12 bits called 16, four bits too dark, and Bayer patterns called grey.
+
+        Colours that were taken out of a Bayer pattern before training are no such thing.
+        """
+        if not self._trained:
+            return
+        longer = {trained.bits for trained in self._trained if trained.bits > 8}
+        wrong_bits = fmt.bits > 8 and longer and fmt.bits not in longer
+        if fmt.bayer:
+            wrong_pattern = all(not trained.bayer and trained.channels == 1 for trained in self._trained)
+        else:
+            wrong_pattern = fmt.channels == 1 and all(trained.bayer for trained in self._trained)
+        if wrong_bits or wrong_pattern:
+            names = ", ".join(sorted(trained.value for trained in self._trained))
+            raise FormatMismatch(f"the bundle was trained on {names}, this is {fmt.value}; set pixel_format")
 
 
 def judge(score: float, threshold: float) -> Outcome:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from daemon.images import Picture, write_picture
 from drivers.camera import CameraError, EndOfStream
 from drivers.frame import FrameStatus, PixelFormat
 from drivers.replay import ReplayCamera, ReplayOptions
@@ -60,6 +61,26 @@ def test_formats_come_from_the_files_or_from_the_options(tmp_path):
     assert [f.status for f in declared] == ["unreadable", "unreadable", "complete"]
     assert declared[2].image.max() == 3000
     assert "which is not Mono12" in declared[0].detail
+
+
+def test_formats_of_kept_images_come_from_their_descriptions(tmp_path):
+    def keep(name, fmt, image):
+        write_picture(tmp_path / name, Picture(image, PixelFormat(fmt), None, None), "png")
+
+    colours = np.dstack([picture(10), picture(20), picture(30)])
+    keep("a", "BayerRG8", picture())
+    keep("b", "Mono12", picture(3000, dtype=np.uint16))
+    keep("c", "RGB8", colours)
+    cv2.imwrite(str(tmp_path / "d.png"), picture())
+    (tmp_path / "d.json").write_text('{"shapes": []}')  # another program's
+    cv2.imwrite(str(tmp_path / "e.png"), picture())
+    (tmp_path / "e.json").write_text('{"schema": "inspectord.image/1", "file": "e.png", "pixel_format": "Mono9"}')
+    *whole, damaged = play(tmp_path)
+    assert [f.pixel_format for f in whole] == ["BayerRG8", "Mono12", "BGR8", "Mono8"]
+    assert (whole[2].image[..., ::-1] == colours).all()
+    assert damaged.status == "unreadable"
+    assert "e.json beside it is damaged: 'Mono9'" in damaged.detail
+    assert [f.pixel_format for f in play(tmp_path / "a.png", pixel_format=PixelFormat.MONO8)] == ["Mono8"]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tiff", ".bmp"])

@@ -139,6 +139,26 @@ def test_twelve_bits_called_sixteen_are_invalid_format_and_not_four_bits_too_dar
         assert found.outcome is not Outcome.INVALID
 
 
+@pytest.mark.parametrize(
+    ("trained", "shown", "fits"),
+    [
+        ("Mono8", "BayerRG8", False),
+        ("BayerRG8", "Mono8", False),
+        ("BayerRG8", "BayerRG8", True),
+        ("BGR8", "BayerRG8", True),
+        ("BGR8", "Mono8", True),
+        ("Mono8", "BGR8", True),
+    ],
+)
+def test_a_bayer_pattern_taken_for_grey_is_invalid_format(bundle, rng, trained, shown, fits):
+    fmt = PixelFormat(shown)
+    image = rng.integers(20, 200, (96, 96, 3)[: 3 if fmt.channels == 3 else 2]).astype(np.uint8)
+    inspector = Inspector(replace(bundle, training={"pixel_formats": [trained]}), CpuEngine(bundle.model))
+    found = inspector.inspect(Frame(FrameStatus.COMPLETE, "x", image=image, pixel_format=fmt))
+    assert (found.reason is None) == fits
+    assert fits or f"trained on {trained}, this is {shown}" in found.detail
+
+
 # Plausible images
 
 

@@ -61,6 +61,48 @@ def test_check_opens_everything_and_says_what_it_found(config):
     assert "96x96 px, BGR8" in done.stdout
 
 
+@pytest.mark.parametrize("trigger", ["software", "command"])
+def test_check_fires_the_trigger_where_that_is_ours(config, trigger):
+    pytest.importorskip("pypylon", reason="pypylon is not installed")
+    camera = {"driver": "pylon", "serial": "0815-0000", "width": 96, "height": 96, "pixel_format": "BGR8"}
+    done = inspectord("check", "-c", config(camera={**camera, "trigger": trigger}, plausible={"black_below": 0}))
+    assert done.returncode == 0, done.stderr
+    assert "frame: 0815-0000, 96x96 px, BGR8, complete" in done.stdout
+
+
+def test_photographs_of_a_bayer_camera_are_learnt_from_as_such(tmp_path, config):
+    camera = {"driver": "synthetic", "width": 96, "height": 96, "pixel_format": "BayerRG8", "defect_rate": 0}
+    path = tmp_path / "camera.yaml"
+    path.write_text(yaml.safe_dump({"camera": camera}))  # no bundle yet
+    done = inspectord("grab", "-c", path, 8, "-o", tmp_path / "good")
+    assert done.returncode == 0, done.stderr
+    path.write_text(yaml.safe_dump({"camera": {**camera, "first_index": 8}}))
+    done = inspectord("grab", "-c", path, 4, "-o", tmp_path / "good")
+    assert "4 photographs in" in done.stdout
+    assert [p.name for p in sorted((tmp_path / "good").glob("*.png"))] == [f"{n:06d}.png" for n in range(1, 13)]
+    done = inspectord("train", tmp_path / "good", "-o", tmp_path / "bundle", "--steps", 2, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    bundle = read_bundle(tmp_path / "bundle")
+    assert bundle.training["pixel_formats"] == ["BayerRG8"]
+    grey = {**camera, "pixel_format": "Mono8"}
+    assert inspectord("check", "-c", config(model=str(tmp_path / "bundle"), camera=camera)).returncode == 0
+    done = inspectord("check", "-c", config(model=str(tmp_path / "bundle"), camera=grey))
+    assert done.returncode == 1
+    assert "INVALID/format: the bundle was trained on BayerRG8, this is Mono8" in done.stderr
+
+
+def test_photographing_ends_with_a_clear_error_where_the_source_does(tmp_path):
+    path = tmp_path / "camera.yaml"
+    path.write_text(yaml.safe_dump({"camera": {"driver": "synthetic", "frames": 3}}))
+    done = inspectord("grab", "-c", path, 5, "-o", tmp_path / "good")
+    assert (done.returncode, len(list((tmp_path / "good").glob("*.png")))) == (1, 3)
+    assert "the source ended 2 photographs too early" in done.stderr
+    path.write_text("station: line1\n")
+    done = inspectord("grab", "-c", path, 5, "-o", tmp_path / "good")
+    assert done.returncode == 2
+    assert "camera" in done.stderr
+
+
 @pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
 def test_check_refuses_a_precision_that_differs_on_this_machine(config, tiny_bundle, tmp_path):
     bundle = read_bundle(tiny_bundle)
