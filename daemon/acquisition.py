@@ -25,6 +25,8 @@ GRAB_TIMEOUT_S = 0.1
 _REOPENS_AFTER_HANG = 5
 """A camera that hung still holds its device; when reopening fails so often, only a new process helps."""
 _WAITING_TRIGGERS = 64
+_WAITS_WHILE_STOPPING_S = 2.0
+"""For a slot: a slow engine must not keep the daemon from ending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ class Acquisition:
         self.ticket = Ticket()
         self.call = Call()
         """Runs while the thread is inside the driver."""
+        self.worked = False
+        """A frame was delivered."""
         self.waiting_entry: Entry | None = None
         """The trigger whose frame has not come yet."""
 
@@ -201,7 +205,7 @@ class Acquisition:
             info = self.camera.open()
         self._line.ring.reserve(info.frame_bytes)
         state = self._line.state
-        again = state.source is not None
+        again = state.source is not None and state.error is not None  # not after a pause or a reload
         self._line.state = CameraState(connected=True, source=info.source, reopened=state.reopened + again)
         described: dict[str, Any] = {"source": info.source, "model": info.model}
         described |= {"width": info.width, "height": info.height}
@@ -281,8 +285,17 @@ class Acquisition:
 
     def _judge(self, entry: Entry) -> None:
         """Send a frame to the engine, or settle it at once when there is nothing to judge."""
-        line, frame = self._line, entry.frame
+        self.worked = True
         self._backoff.succeeded()
+        try:
+            self._send(entry)
+        except BaseException as error:  # it has its number already, and would be nobody's
+            failed = Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}")
+            self._line.ledger.settle(entry, failed)
+            raise
+
+    def _send(self, entry: Entry) -> None:
+        line, frame = self._line, entry.frame
         if frame.status is FrameStatus.COMPLETE and frame.image is not None:
             slot = self._lease()
             if slot is not None:
@@ -294,8 +307,12 @@ class Acquisition:
                 frame.grabbed_ns = time.monotonic_ns()
                 line.send(Grabbed(entry, slot))
                 return
-            frame.status, frame.image = FrameStatus.OVERLOAD, None
-            frame.detail = "every slot was taken; the engine is slower than the camera"
+            frame.image = None
+            if self._wait_when_full():
+                frame.status, frame.detail = FrameStatus.CAMERA, "the line is stopping"
+            else:
+                frame.status = FrameStatus.OVERLOAD
+                frame.detail = "every slot was taken; the engine is slower than the camera"
         frame.grabbed_ns = time.monotonic_ns()
         inspection = Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail)
         line.ledger.settle(entry, inspection)
@@ -306,9 +323,14 @@ class Acquisition:
     def _lease(self) -> Slot | None:
         if not self._wait_when_full():
             return self._line.ring.lease(0)
+        stopped_s: float | None = None
         while (slot := self._line.ring.lease(GRAB_TIMEOUT_S)) is None:
             if self.ticket.revoked:
                 raise Revoked
+            if self._line.stop.is_set():
+                stopped_s = stopped_s or time.monotonic()
+                if time.monotonic() - stopped_s > _WAITS_WHILE_STOPPING_S:
+                    return None
             self._pass_probe()
         return slot
 

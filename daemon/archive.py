@@ -28,6 +28,10 @@ _VERDICT_WITHIN_S = 10.0
 _OURS = re.compile(r"\d{4}-\d{2}-\d{2}/\d{12}-(OK|NG|INVALID)\.(png|jpg|npy|json)")
 
 
+class CaptureRunning(Exception):
+    """Another capture has not got all its frames yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Keep:
     """Which images are kept, and how much room they may take."""
@@ -47,7 +51,7 @@ class _Copied:
     entry: Entry
     inspection: Inspection | None
     image: Image
-    capture_as: Path | None
+    capture: _Capture | None
     kept: bool
     snapshots: list[Future[tuple[bytes, int]]]
 
@@ -56,6 +60,8 @@ class _Copied:
 class _Capture:
     folder: Path
     wanted: int
+    begun: int = 0
+    """Frames on their way to the disk, those that are there included."""
     taken: int = 0
 
 
@@ -107,20 +113,23 @@ class Archive:
 
     def look(self, entry: Entry, image: Image, inspection: Inspection | None) -> None:
         """Copy an image if anyone wants it; called by the engine's thread for every frame."""
-        outcome = Outcome.INVALID if inspection is None else inspection.outcome
+        # What counts is the verdict: a good result that came too late belongs to a part that was rejected.
+        outcome = Outcome.INVALID if entry.inspection is None else entry.inspection.outcome
         with self._changed:
-            capture_as = self._capture_as(entry) if outcome is Outcome.OK else None
+            capture = self._capture if outcome is Outcome.OK else None
+            if capture is not None and capture.begun >= capture.wanted:
+                capture = None
             kept = self._is_kept(outcome)
             snapshots = self._snapshots
-            if capture_as is None and not kept and not snapshots:
+            if capture is None and not kept and not snapshots:
                 return
             if self._waiting and self._waiting_bytes + image.nbytes > _WAITING_BYTES:
                 self._failed("the disk is too slow for the images")
                 return
             self._snapshots = []
-            if self._capture is not None and capture_as is not None:
-                self._capture.taken += 1
-            self._waiting.append(_Copied(entry, inspection, image.copy(), capture_as, kept, snapshots))
+            if capture is not None:
+                capture.begun += 1
+            self._waiting.append(_Copied(entry, inspection, image.copy(), capture, kept, snapshots))
             self._waiting_bytes += image.nbytes
             self._changed.notify()
 
@@ -132,10 +141,13 @@ class Archive:
         return future
 
     def capture(self, count: int, name: str) -> Path:
-        """Keep the next good frames in a folder of their own. Raises FileExistsError or OSError."""
+        """Keep the next good frames in a folder of their own. Raises CaptureRunning, FileExistsError or OSError."""
         folder = self._captures / name
-        folder.mkdir(parents=True)
         with self._changed:
+            running = self._capture
+            if running is not None and running.taken < running.wanted:
+                raise CaptureRunning(f"{running.folder.name} has {running.taken} of {running.wanted} frames so far")
+            folder.mkdir(parents=True)
             self._capture = _Capture(folder, count)
         return folder
 
@@ -146,12 +158,6 @@ class Archive:
         if capture is None:
             return None
         return {"folder": str(capture.folder), "wanted": capture.wanted, "taken": capture.taken}
-
-    def _capture_as(self, entry: Entry) -> Path | None:
-        capture = self._capture
-        if capture is None or capture.taken >= capture.wanted:
-            return None
-        return capture.folder / f"{entry.sequence:012d}"
 
     def _is_kept(self, outcome: Outcome) -> bool:
         keep = self._keep
@@ -193,9 +199,8 @@ class Archive:
                 raise
             for future in wanted:
                 future.set_result((png, entry.sequence))
-        if copied.capture_as is not None:
-            self._check_reserve(copied.capture_as, copied.image.nbytes)
-            write_picture(copied.capture_as, Picture(copied.image, fmt, None, None), "png")
+        if copied.capture is not None:
+            self._write_captured(copied.capture, entry, Picture(copied.image, fmt, None, None))
         if not copied.kept or keep is None:
             return
         self._ledger.wait_sent(entry, _VERDICT_WITHIN_S)
@@ -216,6 +221,16 @@ class Archive:
         if self.error is not None:
             self.error = None
             self._events.say(EventKind.IMAGES, "images are kept again", level="info", dropped=self.dropped)
+
+    def _write_captured(self, capture: _Capture, entry: Entry, picture: Picture) -> None:
+        try:
+            self._check_reserve(capture.folder, picture.image.nbytes)
+            write_picture(capture.folder / f"{entry.sequence:012d}", picture, "png")
+        except BaseException:
+            with self._changed:
+                capture.begun -= 1  # the next good frame takes its place
+            raise
+        capture.taken += 1
 
     def _find_kept(self, folder: Path) -> None:
         groups: dict[Path, list[Path]] = {}

@@ -13,7 +13,7 @@ import typer
 
 from daemon import cli_bench, cli_calibrate, cli_keys, cli_line, cli_teacher
 from daemon.cli_errors import clear_errors, leaving_at_the_end
-from daemon.cli_options import ConfigOption
+from daemon.cli_options import ConfigOption, SecretOption, ServerKeyOption
 
 app = typer.Typer(
     name="inspectord",
@@ -101,12 +101,21 @@ def watch(
     endpoint: Annotated[str, typer.Argument(help="a verdict endpoint, such as tcp://127.0.0.1:5550")],
     station: Annotated[str | None, typer.Option(help="only this station")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="end after so many verdicts")] = None,
+    secret: SecretOption = None,
+    server_key: ServerKeyOption = None,
 ) -> None:
     """Subscribe to verdicts and show them as they come."""
+    from daemon.client import ClientKeys
+    from daemon.keys import read_secret
     from daemon.watch import watch_verdicts
 
+    if (secret is None) != (server_key is None):
+        raise typer.BadParameter("--secret and --server-key belong together", param_hint="--secret")
     with clear_errors():
-        watch_verdicts(endpoint, station, count)
+        keys = (
+            None if secret is None or server_key is None else ClientKeys(*read_secret(secret), server_key.encode())
+        )
+        watch_verdicts(endpoint, station, count, keys)
 
 
 @app.command()

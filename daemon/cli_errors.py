@@ -88,15 +88,22 @@ def leaving_at_the_end() -> Iterator[None]:
         code = ending.exit_code
         raise
     except BaseException:
-        if threading.active_count() > 1:
+        if _threads_left():
             traceback.print_exc()
         raise
     finally:
-        if threading.active_count() > 1:
+        if "daemon.log" in sys.modules:
+            sys.modules["daemon.log"].drain_log()
+        if _threads_left():
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError):  # nobody reads it any more
                     stream.flush()
             os._exit(code)
+
+
+def _threads_left() -> bool:
+    harmless = (threading.main_thread(), threading.current_thread())
+    return any(thread not in harmless and thread.name != "log" for thread in threading.enumerate())
 
 
 def _fail(error: BaseException, code: int) -> NoReturn:

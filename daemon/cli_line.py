@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from daemon.cli_errors import EXIT_FAILED, clear_errors
-from daemon.cli_options import ConfigOption, DeviceOption, EnginePrecisionOption, engine_words, one_of
+from daemon.cli_options import (
+    ConfigOption,
+    DeviceOption,
+    EnginePrecisionOption,
+    SecretOption,
+    ServerKeyOption,
+    engine_words,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from daemon.client import Control
@@ -24,10 +32,6 @@ _ctl = typer.Typer(no_args_is_help=True, help="Talk to a running daemon through 
 EndpointOption = Annotated[
     str | None, typer.Option(help="instead of the configured control endpoint, such as tcp://10.0.0.5:5553")
 ]
-SecretOption = Annotated[
-    Path | None, typer.Option(help="this client's .key_secret, for TCP with keys", dir_okay=False, exists=True)
-]
-ServerKeyOption = Annotated[str | None, typer.Option(help="the daemon's public key, for TCP with keys")]
 _COLUMNS = ("sequence", "time", "verdict", "reason", "score", "threshold", "source", "part", "model", "calibration")
 
 

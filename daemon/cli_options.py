@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 EnginePrecisionOption = Annotated[str, typer.Option(help="of the engine: auto, fp32; CPU: bf16, int8; CUDA: fp16")]
+SecretOption = Annotated[
+    Path | None, typer.Option(help="this client's .key_secret, for TCP with keys", dir_okay=False, exists=True)
+]
+ServerKeyOption = Annotated[str | None, typer.Option(help="the daemon's public key, for TCP with keys")]
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the station's YAML file", dir_okay=False)]
 
 

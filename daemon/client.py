@@ -1,13 +1,14 @@
 """A client for any Python program: verdicts without a gap, and commands. Needs pyzmq only.
 
-from daemon.client import Subscription
-for verdict in Subscription("tcp://127.0.0.1:5550", "tcp://127.0.0.1:5552", "line1"):
-print(verdict["sequence"], verdict["verdict"])
+Example:
+    for verdict in Subscription("tcp://127.0.0.1:5550", "tcp://127.0.0.1:5552", "line1"):
+        print(verdict["sequence"], verdict["verdict"])
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections import deque
@@ -20,6 +21,8 @@ import zmq
 import zmq.auth
 
 _RECONNECT_MS = 20
+_HEARTBEAT_MS, _GONE_AFTER_MS = 1000, 3000
+"""Without them a network that falls silent (power cut, switch) is never noticed by who only listens."""
 _ANSWER_S = 2.0
 """After so long a request is sent again: the daemon may have been restarted in between."""
 _LOOK_UP_MS = 100
@@ -51,9 +54,11 @@ class ClientKeys:
         return cls(public, secret, server.encode())
 
 
-def _connected(
+def connected(
     context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str, keys: ClientKeys | None
 ) -> zmq.Socket[bytes]:
+    """Connect a socket of any kind to a daemon. Raises RequestFailed when the endpoint makes no sense."""
+    _check_access(endpoint)
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
@@ -61,6 +66,8 @@ def _connected(
         # Requests go to a daemon that is there; they do not wait for one that comes back and obeys them then.
         socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _GONE_AFTER_MS)
     socket.setsockopt(zmq.IPV6, "[" in endpoint)
     try:
         if keys is not None and not endpoint.startswith("ipc://"):
@@ -71,6 +78,13 @@ def _connected(
         socket.close()
         raise RequestFailed(f"cannot connect to {endpoint}: {error.strerror}") from error
     return socket
+
+
+def _check_access(endpoint: str) -> None:
+    """Say at once what ZeroMQ would try again for ever."""
+    path = Path(endpoint.removeprefix("ipc://"))
+    if endpoint.startswith("ipc://") and path.exists() and not os.access(path, os.W_OK):
+        raise RequestFailed(f"no right to use {path}: be root, or a member of the group {path.group()}")
 
 
 class Subscription:
@@ -104,8 +118,8 @@ class Subscription:
         self._verdict_topic = f"verdict/{station}/".encode()
         self._health_topic = f"health/{station}/".encode()
         try:
-            self._live = _connected(self._context, zmq.SUB, verdicts, keys)
-            self._replay = _connected(self._context, zmq.DEALER, replay, keys)
+            self._live = connected(self._context, zmq.SUB, verdicts, keys)
+            self._replay = connected(self._context, zmq.DEALER, replay, keys)
         except RequestFailed:
             self._context.destroy(linger=0)
             raise
@@ -242,7 +256,7 @@ class Control:
         self._endpoint = endpoint
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._socket = _connected(self._context, zmq.DEALER, endpoint, keys)
+            self._socket = connected(self._context, zmq.DEALER, endpoint, keys)
         except RequestFailed:
             self._context.destroy(linger=0)
             raise
@@ -268,7 +282,9 @@ class Control:
             if not reply["ok"]:
                 raise RequestFailed(reply["error"])
             return reply["result"], more[0] if more else None
-        raise RequestFailed(f"no answer from {self._endpoint} within {timeout_s:g} s; does the daemon run?")
+        raise RequestFailed(
+            f"no answer from {self._endpoint} within {timeout_s:g} s; does the daemon run, and ask for keys?"
+        )
 
     def close(self) -> None:
         """Disconnect."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from daemon.acquisition import Line
-from daemon.archive import Archive
+from daemon.archive import Archive, CaptureRunning
 from daemon.events import EventKind, Events
 from daemon.journal import Journal, Query, read_journal
 from daemon.ledger import Entry, Ticket
@@ -146,6 +146,8 @@ class Commands:
     def _capture(self, command: Capture) -> Answer:
         try:
             folder = self._archive.capture(command.count, command.name)
+        except CaptureRunning as error:
+            raise Refused(f"another capture is under way: {error}") from error
         except FileExistsError as error:
             raise Refused(f"there is a capture {command.name!r} already; choose another name") from error
         except OSError as error:

@@ -77,7 +77,7 @@ class SupervisionConfig(Section):
     """When something counts as hung, and how fast the camera should be."""
 
     hang_s: float = Field(
-        default=15, gt=0, description="a call into the driver or the engine that takes longer hangs"
+        default=15, ge=0.2, description="a call into the driver or the engine that takes longer hangs"
     )
     min_rate_fps: float | None = Field(default=None, gt=0, description="health says rate_ok: false below it")
 
@@ -151,6 +151,13 @@ def _contradictions(config: StationConfig) -> Iterator[tuple[tuple[str, ...], st
             ("camera", "pass_output"),
             "needs a deadline: a late pulse lets another part pass; drop on_overload: wait",
         )
+    if config.camera.driver == "pylon" and config.camera.pass_output is not None:
+        longest_ms = 500 * config.supervision.hang_s
+        if config.camera.pass_output.pulse_ms > longest_ms:
+            yield (
+                ("camera", "pass_output", "pulse_ms"),
+                f"at most {longest_ms:g}, half of supervision.hang_s: a longer pulse would count as a hung call",
+            )
     if config.security.keys is not None or config.security.allow_unencrypted:
         return
     publish = config.publish

@@ -147,6 +147,8 @@ class Journal:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute("PRAGMA wal_autocheckpoint=0")
+            # A log that begins anew after a checkpoint is cut to this, or it would look too long for ever.
+            connection.execute(f"PRAGMA journal_size_limit={_CHECKPOINT_BYTES}")
             connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
             connection.executescript(_SCHEMA)
             known = connection.execute("SELECT name FROM station").fetchone()

@@ -59,6 +59,8 @@ class Judging:
         """Runs while the thread is inside the engine."""
         self.building = Call()
         """Runs while the engine is made."""
+        self.worked = False
+        """A frame was judged."""
         self.abandoned = False
         """The supervisor has replaced this generation, and its slots."""
         self.ready: Future[None] = Future()
@@ -111,6 +113,7 @@ class Judging:
         if not entry.is_late():
             with self.call.running():
                 inspection = inspector.inspect(entry.frame)
+            self.worked = not self.abandoned
             if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
                 self._too_late(entry, inspection)
         self._tap(entry, image, inspection)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
 import sys
+import threading
+from collections import deque
 from typing import Literal, TextIO, cast
 
 import structlog
@@ -14,22 +17,65 @@ _tracebacks = structlog.processors.ExceptionRenderer(
     structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 )
 """Without local variables: an image does not belong in a log."""
+_WAITING = 2000
+"""Pieces of the log that wait for whoever reads it; what comes on top of them is dropped, and counted."""
+_LAST_WORDS_S = 2.0
 
 
 class _Unbreakable(io.TextIOBase):
-    """Standard error that does not stop the line when its disk is full or its reader is gone."""
+    """Standard error that never stops the line: the disk may be full, the reader gone or asleep (Ctrl-S)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._changed = threading.Condition()
+        self._waiting: deque[str] = deque()
+        self._busy = False
+        self._dropped = 0
+        threading.Thread(target=self._copy, name="log", daemon=True).start()
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):  # where would a failure to log be logged?
-            self._stream.write(text)
+        with self._changed:
+            if len(self._waiting) < _WAITING:
+                self._waiting.append(text)
+                self._changed.notify_all()
+            else:
+                self._dropped += 1
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
+        """Do nothing: another thread writes."""
+
+    def drain(self) -> None:
+        """Wait a moment for what was logged last, at the end of the process."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._waiting or self._busy), _LAST_WORDS_S)
+
+    def _copy(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting)
+                pieces, dropped = list(self._waiting), self._dropped
+                self._waiting.clear()
+                self._busy, self._dropped = True, 0
+            with contextlib.suppress(OSError, ValueError):  # where would a failure to log be logged?
+                self._stream.write("".join(pieces))
+                if dropped:
+                    self._stream.write(f"{dropped} pieces of the log were dropped: nobody read them\n")
+                self._stream.flush()
+
+
+_outputs: list[_Unbreakable] = []
+
+
+def drain_log() -> None:
+    """Let what was logged last be written; called at the end of the process."""
+    for output in _outputs:
+        output.drain()
+
+
+atexit.register(drain_log)
 
 
 def configure_logging(level: str = "info", log_format: Literal["auto", "json", "console"] = "auto") -> None:
@@ -37,7 +83,6 @@ def configure_logging(level: str = "info", log_format: Literal["auto", "json", "
     on_terminal = sys.stderr.isatty()
     as_json = log_format == "json" or (log_format == "auto" and not on_terminal)
     processors: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -45,9 +90,11 @@ def configure_logging(level: str = "info", log_format: Literal["auto", "json", "
         processors += [_tracebacks, structlog.processors.JSONRenderer()]
     else:
         processors.append(structlog.dev.ConsoleRenderer(colors=on_terminal))
+    if not _outputs:
+        _outputs.append(_Unbreakable(sys.stderr))
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Unbreakable(sys.stderr))),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _outputs[-1])),
         cache_logger_on_first_use=False,
     )

@@ -28,6 +28,8 @@ class Passing:
         self._busy = False
         """A pulse is asked for or being given."""
         self._ended = False
+        self.worked = False
+        """A pulse was given."""
         self.call = Call()
         """Runs while the thread is inside the driver."""
 
@@ -72,6 +74,7 @@ class Passing:
         try:
             with self.call.running():
                 self._signal_pass()
+            self.worked = True
         except CameraError as error:
             self._not_given(sequence, str(error))
 

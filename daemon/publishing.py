@@ -31,7 +31,7 @@ from daemon.messages import (
 )
 from daemon.sockets import Bound, Context, Socket, bound
 from daemon.tally import Tally
-from pipeline.inspect import Inspection, Outcome
+from pipeline.inspect import Inspection, Outcome, Reason
 
 _VERDICT_HIGH_WATER_MARK = 20_000
 """Messages kept for a subscriber that reads too slowly, before it loses the newest."""
@@ -98,8 +98,8 @@ class Publishing:
         self._station, self._boot = station, boot
         verdicts, maps = endpoints
         self._wanted = (
-            Bound(zmq.PUB, verdicts, Right.SUBSCRIBE, {zmq.SNDHWM: _VERDICT_HIGH_WATER_MARK}),
-            Bound(zmq.PUB, maps, Right.SUBSCRIBE, {zmq.SNDHWM: _MAP_HIGH_WATER_MARK}),
+            Bound("publish.verdicts", zmq.PUB, verdicts, Right.SUBSCRIBE, {zmq.SNDHWM: _VERDICT_HIGH_WATER_MARK}),
+            Bound("publish.maps", zmq.PUB, maps, Right.SUBSCRIBE, {zmq.SNDHWM: _MAP_HIGH_WATER_MARK}),
         )
         self._sends_maps = bool(maps)
         self._context = context
@@ -285,6 +285,8 @@ class Publishing:
         maps.send_multipart([self._topic("map"), encode(described), map_bytes(inspection.anomaly_map)])
 
     def _watch_for_alarm(self, entry: Entry, inspection: Inspection) -> None:
+        if inspection.reason is Reason.RESTART:  # says nothing about lamp and camera
+            return
         self._rejects_in_a_row = 0 if inspection.outcome is Outcome.OK else self._rejects_in_a_row + 1
         limit = self._alarm_after()
         if limit is not None and self._rejects_in_a_row and self._rejects_in_a_row % limit == 0:

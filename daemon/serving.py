@@ -94,6 +94,8 @@ class _Stream:
     """A piece that the client has no room for yet."""
     more: bool = True
     """Another piece follows the one that was made last."""
+    sent_s: float = field(default_factory=time.monotonic)
+    """When the client last took a piece, or asked."""
 
 
 class Serving:
@@ -111,8 +113,8 @@ class Serving:
     ) -> None:
         options = {zmq.ROUTER_MANDATORY: 1}
         self._wanted = (
-            Bound(zmq.ROUTER, control, Right.CONTROL, options),
-            Bound(zmq.ROUTER, replay, Right.REPLAY, options),
+            Bound("control.endpoints", zmq.ROUTER, control, Right.CONTROL, options),
+            Bound("publish.replay", zmq.ROUTER, replay, Right.REPLAY, options),
         )
         self._context = context
         self._security = security
@@ -252,8 +254,9 @@ class Serving:
         try:
             socket.send_multipart([*stream.route, *stream.unsent], flags=zmq.DONTWAIT)
         except zmq.Again:
-            return False  # it reads slowly; the next turn tries again
-        stream.unsent = None
+            # It reads slowly, and the next turn tries again; one that has stopped must not keep others from replay.
+            return time.monotonic() - stream.sent_s > _ANSWERED_WITHIN_S
+        stream.unsent, stream.sent_s = None, time.monotonic()
         return not stream.more
 
     def _next_piece(self, stream: _Stream) -> list[bytes]:

@@ -18,6 +18,8 @@ from daemon.replies import MAX_REQUEST_BYTES
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 _LINGER_MS = 2000
+_HEARTBEAT_MS, _GONE_AFTER_MS = 1000, 3000
+"""A client whose network fell silent is let go, with what was kept for it."""
 _FREE_AGAIN_S = 0.5
 _SOCKET_MODE = 0o660
 """Of ipc sockets: for the service's own user and group."""
@@ -31,6 +33,8 @@ class EndpointError(Exception):
 class Bound:
     """A socket that is wanted, and where."""
 
+    key: str
+    """Of the configuration, for error messages."""
     kind: int
     endpoints: Sequence[str]
     right: Right
@@ -57,7 +61,7 @@ def bound(
                 sockets.append(context.socket(each.kind))
                 for option, value in each.options.items():
                     sockets[-1].setsockopt(option, value)
-                _bind(sockets[-1], each.endpoints, security, each.right)
+                _bind(sockets[-1], each, security)
         except BaseException as error:
             if not ready.done():
                 ready.set_exception(error)
@@ -70,14 +74,16 @@ def bound(
             socket.close()
 
 
-def _bind(socket: Socket, endpoints: Sequence[str], security: Security, right: Right) -> None:
+def _bind(socket: Socket, wanted: Bound, security: Security) -> None:
     """Bind a socket to all its endpoints, with CURVE on TCP where keys are configured. Raises EndpointError."""
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)  # of requests and of subscriptions
-    socket.setsockopt(zmq.IPV6, any("[" in endpoint for endpoint in endpoints))
-    for endpoint in endpoints:
+    socket.setsockopt(zmq.IPV6, any("[" in endpoint for endpoint in wanted.endpoints))
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _GONE_AFTER_MS)
+    for endpoint in wanted.endpoints:
         path = _ipc_path(endpoint)
-        security.protect(socket, right, encrypted=path is None)
+        security.protect(socket, wanted.right, encrypted=path is None)
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,9 +91,10 @@ def _bind(socket: Socket, endpoints: Sequence[str], security: Security, right: R
             if path is not None:
                 path.chmod(_SOCKET_MODE)
         except zmq.ZMQError as error:
-            raise EndpointError(f"cannot bind {endpoint}: {error.strerror}") from error
+            hint = "; another station or program has it: choose another one" * (error.errno == errno.EADDRINUSE)
+            raise EndpointError(f"{wanted.key}: cannot bind {endpoint}: {error.strerror}{hint}") from error
         except OSError as error:
-            raise EndpointError(f"cannot bind {endpoint}: {error}") from error
+            raise EndpointError(f"{wanted.key}: cannot bind {endpoint}: {error}") from error
 
 
 def _bind_patiently(socket: Socket, endpoint: str) -> None:

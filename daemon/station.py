@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from daemon.events import EventKind, Events, Outbox
 from daemon.health import Health
 from daemon.journal import Journal, Retention
 from daemon.judging import Judging
-from daemon.keys import Security
+from daemon.keys import KeysError, Security
 from daemon.ledger import Ledger
 from daemon.messages import HealthMessage
 from daemon.notify import Notifier
@@ -39,9 +39,10 @@ from daemon.serving import Serving
 from daemon.sockets import Context
 from daemon.supervision import Failures, Worker
 from daemon.tally import Summary, Tally, summarise
-from drivers.camera import Camera, Fires
+from daemon.yaml_errors import ConfigError
+from drivers.camera import Camera, DriverMissing, Fires
 from drivers.catalog import make_camera
-from pipeline.bundle import Bundle, read_bundle
+from pipeline.bundle import Bundle, BundleError, read_bundle
 from pipeline.engines import EngineChoice, EngineUnavailable, frame_memory
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 
@@ -51,10 +52,13 @@ _CONTROL_ITEMS = 8
 """Room in the engine's channel beside its frames, which the ring limits."""
 _ENGINE_BUILT_WITHIN_S = 180.0
 """Loading and warming up; what takes longer hangs, and only a new process helps."""
-_OWN_SOCKETS = ("publisher", "server")
+_NO_ENGINE_IN_TIME = f"the engine could not be made within {_ENGINE_BUILT_WITHIN_S:g} s"
+_LOOK_UP_S = 0.1
+_OWN_SOCKETS = ("publisher", "server", "replay")
 _TEARDOWN_S = 5.0
-_HANGS_WITHOUT_CAMERA = 5
-"""Drivers that were abandoned one after the other, each with its device and a thread, before the process ends."""
+_HANGS = 5
+"""Threads that were abandoned one after the other without having worked in between, or that never came back: so
+many end the process, for each keeps its device and its memory."""
 _GRABBER_STOPS_S = 5.0
 """How long acquisition may take to end once it was told to."""
 
@@ -104,7 +108,8 @@ class Station:
         self._workers: dict[str, Worker] = {}
         self._simple_workers: dict[str, Callable[[], None]] = {}
         self._failures: defaultdict[str, Failures] = defaultdict(Failures)
-        self._hangs_without_camera = 0
+        self._hangs: Counter[str] = Counter()
+        self._stuck: list[Worker] = []
         self._due: dict[str, tuple[float, Callable[[], None]]] = {}
         """Workers that are started again, and when."""
         self._stop_by_s: float | None = None
@@ -156,17 +161,14 @@ class Station:
             config, self.boot, self.tally, self._line, self._publishing, self._journal, self._archive, self.events
         )
         commands = Commands(self, self._line, self._archive, self._publishing, self._journal)
-        self._serving = Serving(
-            config.control_endpoints(),
-            config.replay_endpoints(),
-            context=context,
-            security=self._security,
-            controls=commands,
-            log=self._log,
+        # Each with a thread of its own: who reads back from a slow disk must not keep triggers waiting.
+        self._serving, self._replaying = (
+            Serving(control, replay, context=context, security=self._security, controls=commands, log=self._log)
+            for control, replay in ((config.control_endpoints(), []), ([], config.replay_endpoints()))
         )
         try:
-            self._start(sequences)
-            self._supervise()
+            if self._start(sequences):
+                self._supervise()
         finally:
             self._tear_down()
         publishing = self._publishing
@@ -245,7 +247,8 @@ class Station:
 
     # Starting
 
-    def _start(self, sequences: SequenceFile) -> None:
+    def _start(self, sequences: SequenceFile) -> bool:
+        """Begin every thread; False where the daemon was asked to stop before it could."""
         config = self._config
         if self._journal is not None:
             # The journal knows best what was published: it was written first.
@@ -257,12 +260,14 @@ class Station:
         # The sockets come first: subscribers that wait for us connect while the networks are loaded.
         self._begin_simple("publisher", self._publishing.run)
         self._publishing.ready.result()
-        self._begin_simple("server", self._serving.run)
-        self._serving.ready.result()
+        for name, serving in (("server", self._serving), ("replay", self._replaying)):
+            self._begin_simple(name, serving.run)
+            serving.ready.result()
         if self._camera.signals_pass:
             self._begin_simple("passing", self._passing.run)
         self._begin_engine()
-        self._await_engine()
+        if not self._await_engine():
+            return False
         left = sequences.without_verdict()
         if left:
             self._log.warning("numbers of an earlier run without a verdict", first=left[0], last=left[-1])
@@ -284,11 +289,21 @@ class Station:
             replay=config.replay_endpoints(),
             control=config.control_endpoints(),
         )
+        return True
 
-    def _await_engine(self) -> None:
+    def _await_engine(self) -> bool:
+        """Wait until the engine can judge; False where the daemon is asked to stop meanwhile."""
+        ready = self._judging.ready
         try:
-            self._judging.ready.result()
-        except EngineUnavailable:
+            while not ready.done():
+                wait([ready], _LOOK_UP_S)
+                if self._stop_wanted:
+                    return False
+                if self._judging.building.hangs(_ENGINE_BUILT_WITHIN_S):
+                    raise StationFailed(_NO_ENGINE_IN_TIME)
+            ready.result()
+            return True
+        except (EngineUnavailable, StationFailed):
             raise
         except Exception as error:
             self._log.error("the engine could not be made", exc_info=error)
@@ -390,7 +405,7 @@ class Station:
             self._due.pop("acquisition", None)
             self._abandon_acquisition()
             self._line.end("the camera's driver failed")
-        if now_s > self._stop_by_s and grabber.is_alive():
+        if now_s > self._stop_by_s and grabber.is_alive() and self._acquisition.call.hangs(_GRABBER_STOPS_S):
             # A vendor call hangs. What it has grabbed is still judged and published, without it.
             self._log.error("acquisition does not end; it is abandoned")
             self._abandon_acquisition()
@@ -408,11 +423,14 @@ class Station:
             self._start_later(name, worker.failure, lambda: self._begin(name, work))
 
     def _watch_passing(self, hang_s: float) -> None:
+        if self._passing.worked:
+            self._hangs["passing"] = 0
         if not self._passing.call.hangs(hang_s):
             return
         self._passing.end()  # when its call returns; its successor drives the camera that is there now
         self._passing = self._make_passing()
         failure = TimeoutError(f"a pass pulse took longer than {hang_s:g} s")
+        self._hung("passing", failure)
         self._simple_workers["passing"] = self._passing.run
         self._start_later("passing", failure, lambda: self._begin("passing", self._passing.run))
 
@@ -420,16 +438,16 @@ class Station:
         grabber = self._workers["acquisition"]
         if self._stop_wanted:
             return
-        if self._line.state.connected:
-            self._hangs_without_camera = 0
+        if self._acquisition.worked:
+            self._hangs["acquisition"] = 0
         if grabber.is_alive():
             if self._acquisition.call.hangs(hang_s):
-                self._hangs_without_camera += 1
                 self._abandon_acquisition()
                 failure = TimeoutError(f"a driver call took longer than {hang_s:g} s")
-                if self._hangs_without_camera == _HANGS_WITHOUT_CAMERA:
+                if not self._camera.live:  # it would begin with its first file again
                     self._drain()
-                    raise StationFailed(f"{failure}, {_HANGS_WITHOUT_CAMERA} times without a camera in between")
+                    raise StationFailed(str(failure))
+                self._hung("acquisition", failure)
                 self._start_later("acquisition", failure, lambda: self._grab_anew(after_hang=True))
             return
         if grabber.failure is None:
@@ -440,6 +458,16 @@ class Station:
             self._drain()
             raise StationFailed(f"the acquisition thread failed: {grabber.failure}") from grabber.failure
         self._start_later("acquisition", grabber.failure, lambda: self._grab_anew(after_hang=False))
+
+    def _hung(self, name: str, failure: TimeoutError) -> None:
+        """Count a thread that was abandoned. Raises StationFailed when only a new process can help."""
+        self._hangs[name] += 1
+        self._stuck = [worker for worker in self._stuck if worker.is_alive()] + [self._workers[name]]
+        if self._hangs[name] >= _HANGS or len(self._stuck) >= _HANGS:
+            self._drain()
+            raise StationFailed(
+                f"{failure}, {self._hangs[name]} times without work in between; {len(self._stuck)} threads stuck"
+            )
 
     def _grab_anew(self, *, after_hang: bool) -> None:
         self._camera = self._camera_for(self._config)
@@ -457,7 +485,9 @@ class Station:
     def _watch_engine(self, hang_s: float) -> None:
         engine, judging = self._workers["engine"], self._judging
         if engine.is_alive() and judging.building.hangs(_ENGINE_BUILT_WITHIN_S):
-            raise StationFailed(f"the engine could not be made within {_ENGINE_BUILT_WITHIN_S:g} s")
+            raise StationFailed(_NO_ENGINE_IN_TIME)
+        if judging.worked:
+            self._hangs["engine"] = 0
         hung = engine.is_alive() and judging.call.hangs(hang_s)
         if not hung and (engine.is_alive() or engine.failure is None):
             return
@@ -482,6 +512,8 @@ class Station:
                 self._ring.replace()
             else:
                 self._ring.give_back(slot)
+        if isinstance(failure, TimeoutError) and hung:
+            self._hung("engine", failure)
         self._start_later("engine", failure, self._begin_engine)
 
     def _start_later(self, name: str, failure: BaseException, begin: Callable[[], None]) -> None:
@@ -555,10 +587,11 @@ class Station:
         try:
             config, bundle, inspector, camera = self._prepare_reload()
             clients = self._security.read()
-        except ReloadRefused:
-            raise
-        except Exception as error:
+        except (ReloadRefused, BundleError, ConfigError, DriverMissing, EngineUnavailable, KeysError) as error:
             raise ReloadRefused(str(error)) from error
+        except Exception as error:
+            self._log.error("the reload failed", exc_info=error)
+            raise ReloadRefused(f"{type(error).__name__}: {error}") from error
         swap = Swap(inspector)
         try:
             self._line.send(swap)
@@ -572,6 +605,7 @@ class Station:
         if self._security.install(clients):
             self._publishing.rebind()
             self._serving.rebind()
+            self._replaying.rebind()
 
     def _prepare_reload(self) -> tuple[StationConfig, Bundle, Inspector, Camera | None]:
         if self._config_path is None:
@@ -608,6 +642,7 @@ class Station:
         self._line.frames.close()
         self._archive.refuse_snapshots()
         self._serving.end()
+        self._replaying.end()
         if "publisher" in self._workers:  # it still hands verdicts to the journal
             self._workers["publisher"].join(_TEARDOWN_S)
         self._passing.end()

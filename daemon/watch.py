@@ -12,28 +12,37 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from daemon.client import ClientKeys, connected
 from daemon.messages import VerdictMessage
-from daemon.sockets import EndpointError
 
 _SHOWN = 20
+_SILENT_MS = 5000
+"""Health comes every second."""
 _COLOURS = {"OK": "green", "NG": "bold red", "INVALID": "bold yellow"}
 
 
-def receive_verdicts(endpoint: str, station: str | None = None) -> Iterator[VerdictMessage]:
-    """Yield verdicts from a PUB endpoint for ever. Raises EndpointError when the endpoint makes no sense."""
-    topic = f"verdict/{station}/" if station else "verdict/"
+def receive_verdicts(
+    endpoint: str, station: str | None = None, keys: ClientKeys | None = None
+) -> Iterator[VerdictMessage]:
+    """Yield verdicts from a PUB endpoint for ever; a silence is said once. Raises RequestFailed."""
+    topics = [f"{kind}/{station}/" if station else f"{kind}/" for kind in ("verdict", "health")]
     decoder = msgspec.json.Decoder(VerdictMessage)
-    with zmq.Context() as context, context.socket(zmq.SUB) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.IPV6, "[" in endpoint)
-        socket.subscribe(topic.encode())
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            raise EndpointError(f"cannot connect to {endpoint}: {error.strerror}") from error
+    heard = False
+    with zmq.Context() as context, connected(context, zmq.SUB, endpoint, keys) as socket:
+        for topic in topics:
+            socket.subscribe(topic.encode())
         while True:
-            yield decoder.decode(socket.recv_multipart()[1])
+            if not heard and not socket.poll(_SILENT_MS):
+                print(  # noqa: T201 - this is the command's output
+                    f"nothing heard from {endpoint} so far: does the daemon run, publish there"
+                    + (", and know this key?" if keys else ", and ask for keys (--secret, --server-key)?"),
+                    file=sys.stderr,
+                    flush=True,
+                )
+            heard = True
+            kind, body, *_ = socket.recv_multipart()
+            if kind.startswith(b"verdict/"):
+                yield decoder.decode(body)
 
 
 def verdict_line(verdict: VerdictMessage) -> str:
@@ -46,17 +55,17 @@ def verdict_line(verdict: VerdictMessage) -> str:
     )
 
 
-def watch_verdicts(endpoint: str, station: str | None, count: int | None) -> None:
+def watch_verdicts(endpoint: str, station: str | None, count: int | None, keys: ClientKeys | None = None) -> None:
     """Show verdicts until Ctrl-C, or until `count` of them have come."""
     if not sys.stdout.isatty():
-        for number, verdict in enumerate(receive_verdicts(endpoint, station), 1):
+        for number, verdict in enumerate(receive_verdicts(endpoint, station, keys), 1):
             print(verdict_line(verdict), flush=True)  # noqa: T201 - this is the command's output
             if number == count:
                 return
     latest: deque[VerdictMessage] = deque(maxlen=_SHOWN)
     totals: Counter[str] = Counter()
     with Live(_table(endpoint, latest, totals), console=Console(), auto_refresh=False) as live:
-        for verdict in receive_verdicts(endpoint, station):
+        for verdict in receive_verdicts(endpoint, station, keys):
             latest.append(verdict)
             totals[verdict.verdict] += 1
             live.update(_table(endpoint, latest, totals), refresh=True)

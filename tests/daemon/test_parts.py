@@ -218,3 +218,22 @@ def test_log_lines_are_json_where_there_is_no_terminal():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     line = json.loads(done.stderr)
     assert (line["station"], line["sequence"], line["event"], line["level"]) == ("s", 3, "hello", "info")
+
+
+def test_a_log_that_nobody_reads_stops_nobody_and_says_what_was_dropped():
+    code = (
+        "import sys, threading, structlog; from daemon.log import configure_logging; configure_logging()\n"
+        "log = structlog.get_logger()\n"
+        "for number in range(5000): log.info('x' * 200, number=number)\n"  # far more than a pipe takes
+        "print('through', flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "through\n"
+        said = process.stderr.read().splitlines()
+        assert process.wait(60) == 0
+    numbers = [json.loads(line)["number"] for line in said if line.startswith("{")]
+    assert numbers[0] == 0
+    assert len(numbers) < 5000
+    assert any("pieces of the log were dropped" in line for line in said)

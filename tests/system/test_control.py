@@ -104,7 +104,7 @@ def test_status_pause_resume_and_stop_by_the_command_line(line):
     assert bench.sequences() == list(range(1, len(bench.verdicts) + 1))
     done = cli("ctl", "status", "-c", bench.path)
     assert done.returncode == 1
-    assert "does the daemon run?" in done.stderr
+    assert "does the daemon run, and ask for keys?" in done.stderr
 
 
 def test_snapshot_and_capture(line, tmp_path):
