@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import structlog
 
-from daemon.archive import Archive, Keep
+from daemon.archive import Archive, CaptureRunning, Keep
 from daemon.events import Events, Outbox
 from daemon.images import Picture, encode_image, read_picture, write_picture
 from daemon.ledger import Ledger, Ticket
@@ -83,11 +83,13 @@ def setup(tmp_path):
             started.append((archive, thread))
             return archive
 
-        def judge(archive, inspection, image=None):
+        def judge(archive, inspection, image=None, late=False):
             """One frame through ledger and archive, published as the publisher would."""
             image = np.zeros((8, 8), np.uint8) if image is None else image
             frame = Frame(FrameStatus.COMPLETE, "cam", image=image, pixel_format=PixelFormat.MONO8)
             entry = ledger.open(Ticket(), frame)
+            if late:
+                ledger.settle(entry, Inspection(Outcome.INVALID, Reason.DEADLINE, "no result in time"))
             if inspection is not None:
                 ledger.settle(entry, inspection)
             archive.look(entry, image, inspection)
@@ -121,6 +123,15 @@ def test_rejects_are_kept_with_map_and_verdict_and_good_parts_are_not(setup):
     described = json.loads(next((folder / "images").rglob("*-NG.json")).read_text())
     assert described["verdict"] == {"verdict": "NG", "sequence": 2}
     assert described["map"] == "000000000002-NG.npy"
+
+
+def test_a_good_result_that_came_too_late_belongs_to_a_reject_and_is_kept(setup):
+    make, judge, folder = setup
+    archive = make()
+    judge(archive, OK, late=True)
+    wait_for(lambda: archive.kept == 1)
+    assert kept(folder / "images") == ["000000000001-INVALID"]
+    assert next((folder / "images").rglob("*.npy")).is_file()
 
 
 def test_every_nth_good_part_is_kept_where_wanted(setup):
@@ -199,3 +210,22 @@ def test_a_capture_takes_the_next_good_frames_only(setup):
     assert kept(target) == ["000000000002", "000000000003"]
     with pytest.raises(FileExistsError):
         archive.capture(2, "lamp2")
+
+
+def test_a_capture_counts_what_was_written_and_one_runs_at_a_time(setup, monkeypatch):
+    make, judge, _ = setup
+    archive, free = make(), [0, 0, 1 << 40]
+    monkeypatch.setattr("daemon.archive._free_bytes", lambda _folder: free[0] if len(free) == 1 else free.pop(0))
+    target = archive.capture(2, "lamp3")
+    for dropped in (1, 2):
+        judge(archive, OK)
+        wait_for(lambda dropped=dropped: archive.dropped == dropped)
+    assert archive.capture_progress["taken"] == 0
+    with pytest.raises(CaptureRunning, match="lamp3 has 0 of 2 frames so far"):
+        archive.capture(2, "lamp4")
+    for taken in (1, 2):
+        judge(archive, OK)
+        wait_for(lambda taken=taken: archive.capture_progress["taken"] == taken)
+    assert kept(target) == ["000000000003", "000000000004"]
+    judge(archive, OK)
+    archive.capture(1, "lamp4")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import resource
 import signal
@@ -223,6 +224,37 @@ def test_the_write_ahead_log_does_not_grow_for_ever(journal):
             assert r.wait(60)
     wait_for(lambda: made.written == 20_000)
     wait_for(lambda: wal.stat().st_size < 80 << 20)  # 120 MB of verdicts went through it
+
+
+def test_a_log_that_was_long_once_is_not_checkpointed_at_every_flush_from_then_on(journal, monkeypatch):
+    made, checkpoint, checkpoints = journal(), Journal._checkpoint, []
+
+    def counting(self):
+        checkpoint(self)
+        checkpoints.append(self._log_bytes())
+
+    monkeypatch.setattr(Journal, "_checkpoint", counting)
+    made.start()
+
+    def write(first, last, pad):
+        for n in range(first, last):
+            made.submit(it := record(n, pad=pad))
+            assert it.wait(60)
+
+    write(1, 1300, 8000)  # more than 8 MiB
+    wait_for(lambda: checkpoints)
+    numbers = itertools.count(1300)
+
+    def write_some():  # once nothing is written beside a checkpoint, the log begins anew and is cut
+        write(n := next(numbers), n + 1, 10)
+        return made._log_bytes() <= 8 << 20
+
+    wait_for(write_some)
+    before = len(checkpoints)
+    for _ in range(10):
+        write_some()
+        wait_for(lambda: not made._dirty.is_set())
+    assert len(checkpoints) <= before + 1, "the one that was under way"
 
 
 def test_it_can_be_read_while_it_is_written(journal):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import zmq
 
 from daemon.client import Control, RequestFailed, Subscription
-from tests.system.line import REPOSITORY
+from tests.system.line import REPOSITORY, free_port
 from tests.system.test_run import SYNTHETIC, assert_well_formed
 
 SLOW = {**SYNTHETIC, "rate_fps": 20}
@@ -209,6 +210,58 @@ def test_a_subscription_misses_nothing_over_kill_9_and_restarts(line):
     for verdict in seen:
         assert_well_formed(verdict)
         assert verdict["journaled"]
+
+
+class Relay:
+    """A TCP relay that can stop to deliver on the connections that it has, without closing any: a dead switch."""
+
+    def __init__(self, target):
+        self._listener, self._target = socket.create_server(("127.0.0.1", 0)), target
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._silent = [False]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def fall_silent(self):
+        self._silent[0], self._silent = True, [False]
+
+    def close(self):
+        self._listener.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                for one, other in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=(one, other, self._silent), daemon=True).start()
+
+    @staticmethod
+    def _copy(one, other, silent):
+        with contextlib.suppress(OSError), contextlib.closing(one):
+            while data := one.recv(65536):
+                if not silent[0]:
+                    other.sendall(data)
+
+
+def test_a_subscription_finds_out_that_the_network_fell_silent(line):
+    bench = line(SLOW).start()
+    bench.receive_until(lambda: bench.verdicts)
+    with contextlib.closing(Relay(int(bench.verdict_endpoint.rsplit(":", 1)[1]))) as relay:
+        with Subscription(relay.endpoint, replay_endpoint(bench), "bench", start=1) as subscription:
+            numbers = [subscription.next_verdict(60)["sequence"] for _ in range(5)]
+            relay.fall_silent()
+            numbers += [subscription.next_verdict(60)["sequence"] for _ in range(40)]
+        assert numbers == list(range(1, 46))
+    bench.stop()
+
+
+def test_watching_says_that_nothing_is_heard():
+    with subprocess.Popen(
+        [sys.executable, "-m", "daemon.cli", "watch", f"tcp://127.0.0.1:{free_port()}"],
+        cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as watching:  # fmt: skip
+        assert "ask for keys (--secret, --server-key)?" in watching.stderr.readline()
+        watching.kill()
 
 
 def test_a_subscriber_that_comes_late_reads_everything_from_the_journal(line):

@@ -21,6 +21,7 @@ from daemon.config import StationConfig, SupervisionConfig, VerdictConfig
 from daemon.faults import Fault
 from daemon.journal import Query, read_journal
 from daemon.publishing import Publishing
+from daemon.ring import Slot
 from daemon.soak import SoakLine, injections
 from daemon.soak import soak as run_soak
 from daemon.station import Station, StationFailed
@@ -433,6 +434,105 @@ def test_drivers_that_hang_one_after_the_other_end_the_process(tiny_bundle, tmp_
     assert len(DeafCamera.opened) == 5
     for camera in DeafCamera.opened:
         camera.let_go.set()
+
+
+def test_an_engine_that_hangs_on_every_frame_ends_the_process(tiny_bundle, tmp_path):
+    let_go, made = threading.Event(), []
+
+    class Stuck(CpuEngine):
+        def raw_maps(self, image, fmt):
+            let_go.wait(120)
+            return super().raw_maps(image, fmt)
+
+    def engine(_config, bundle):
+        made.append(bundle)
+        return EngineChoice(Stuck(bundle.model, 1), "test")
+
+    config = unheard("stuck", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.2))
+    station = Station(config, engine_for=engine, camera_for=lambda settings: Unending(settings.camera))
+    with pytest.raises(StationFailed, match="5 times without work in between"):
+        station.run()
+    let_go.set()
+    assert len(made) == 5
+    assert station.tally.totals().in_flight == 0
+
+
+class Unending(SyntheticCamera):
+    live = True
+
+
+def test_a_folder_whose_disk_hangs_ends_the_run_and_does_not_begin_anew(tiny_bundle, tmp_path):
+    let_go, opened = threading.Event(), []
+
+    class OnADeadDisk(SyntheticCamera):
+        def open(self):
+            opened.append(self)
+            return super().open()
+
+        def grab(self, timeout_s):
+            let_go.wait(120)
+            return []
+
+    config = unheard("nfs", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.2))
+    station = Station(config, camera_for=lambda settings: OnADeadDisk(settings.camera))
+    with pytest.raises(StationFailed, match=r"a driver call took longer than 0\.2 s"):
+        station.run()
+    let_go.set()
+    assert len(opened) == 1
+
+
+def test_a_frame_that_finds_no_memory_gets_its_verdict(tiny_bundle, tmp_path, monkeypatch):
+    """Without a deadline nobody else would ever settle it."""
+    stores, store = [], Slot.store
+
+    def failing(self, image):
+        stores.append(self)
+        if len(stores) == 3:
+            raise MemoryError("no page-locked memory")
+        return store(self, image)
+
+    monkeypatch.setattr(Slot, "store", failing)
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    config = StationConfig(
+        station="memory",
+        camera=SyntheticOptions(width=96, height=96, rate_fps=50),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[endpoint]),
+        on_overload="wait",
+        state_dir=tmp_path,
+    )
+    station = Station(config, camera_for=lambda settings: Unending(settings.camera))
+
+    def stop():
+        while station.tally.totals().seen < 10:
+            pass
+        station.stop()
+
+    threading.Thread(target=stop, daemon=True).start()
+    heard, summary = run_and_listen(station, endpoint)
+    assert summary.totals.in_flight == 0
+    verdicts = {v["sequence"]: v for v in heard["verdict"]}
+    assert sorted(verdicts) == list(range(1, summary.totals.seen + 1))
+    assert verdicts[3]["reason"] == "engine"
+    assert [n for n, v in verdicts.items() if v["verdict"] == "INVALID"] == [3]
+
+
+def test_a_daemon_that_is_stopped_while_it_loads_ends_at_once(tiny_bundle, tmp_path):
+    let_go, opened = threading.Event(), []
+
+    def engine(_config, bundle):
+        station.stop()
+        let_go.wait(120)
+        return EngineChoice(CpuEngine(bundle.model, 1), "test")
+
+    def camera(settings):
+        opened.append(settings)
+        return Unending(settings.camera)
+
+    station = Station(unheard("loading", tiny_bundle, tmp_path), engine_for=engine, camera_for=camera)
+    summary = station.run()
+    let_go.set()
+    assert summary.totals.seen == 0
 
 
 _LEFT = """
