@@ -33,6 +33,8 @@ _LOOKED_AT = 24
 """Held-out images that ranges are taken from and anomalies are pasted into."""
 _HEADROOM = 1.5
 """Ranges are wider than what was seen: a real anomaly may exceed it, and half a bit less costs next to nothing."""
+_OBSERVED, _PROVEN = 5, 6
+"""Streams of random numbers of the anomalies that ranges are taken from, and of those that prove a precision."""
 _CHECKED = 8
 """Anomalies that `inspectord check` pastes."""
 _SMALLEST_SHARE, _LARGEST_SHARE = 0.03, 0.3
@@ -66,21 +68,22 @@ def calibrate_precisions(
     def good() -> Iterator[Prepared]:
         return (held_out[index] for index in range(min(_LOOKED_AT, len(held_out))))
 
-    def anomalies() -> Iterator[Prepared]:
+    def anomalies(stream: int) -> Iterator[Prepared]:
         """Paste them anew for each precision, the same each time: all at once may not fit into memory."""
         for index, image in enumerate(good()):
-            yield paste_anomaly(image, np.random.default_rng([options.seed, 5, index]))
+            yield paste_anomaly(image, np.random.default_rng([options.seed, stream, index]))
 
-    seen = observe_ranges(bundle.model, itertools.chain(good(), anomalies()))
+    # Proven on others than those that the ranges are taken from, or nothing could ever exceed these.
+    seen = observe_ranges(bundle.model, itertools.chain(good(), anomalies(_OBSERVED)))
     model = replace(bundle.model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
-    on_anomalies, infer_ms = _timed_maps(CpuEngine(model), anomalies())
+    on_anomalies, infer_ms = _timed_maps(CpuEngine(model), anomalies(_PROVEN))
     wanted = score_maps([*maps, *on_anomalies], scorer, bundle.quantiles)
     found: dict[Precision, PrecisionCalibration] = {
         "fp32": PrecisionCalibration(bundle.quantiles, bundle.threshold, 0.0, infer_ms)
     }
     for precision in reduced_precisions("cpu" if options.device == "cpu" else "auto"):
         go_on()
-        everything = itertools.chain((held_out[index] for index in range(len(held_out))), anomalies())
+        everything = itertools.chain((held_out[index] for index in range(len(held_out))), anomalies(_PROVEN))
         try:
             ours, infer_ms = _timed_maps(engine_of(model, precision), everything)
             on_good = ours[: len(held_out)]

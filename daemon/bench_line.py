@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -46,6 +47,7 @@ STATION = "bench"
 _DIFFERENT_PARTS = 16
 _STARTS_WITHIN_S = 60.0
 _SILENT_S = 60.0
+_LOOKS = 10
 _NOT_ENGINE = ("grab", "queue", "publish")
 
 
@@ -141,11 +143,12 @@ class LineResult:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     """p50_ms, p95_ms, p99_ms and max_ms of each stage, of `overhead` (not preprocess or infer) and `total`.
 
-    `publish` is what is left: plausibility, score, regions, journal, socket, and the ways between threads.
+    `total` ends where the subscriber has the verdict. `publish` is what is left of it: plausibility, score,
+    regions, the journal's commit, sockets, and the ways between threads and processes.
     """
-    rss_mib: tuple[float, float] = (0.0, 0.0)
-    """Resident memory after the warm-up and at the end."""
-    descriptors: tuple[int, int] = (0, 0)
+    rss_mib: list[float] = field(default_factory=list)
+    """Resident memory of the station after the warm-up and after each tenth of the verdicts."""
+    descriptors: list[int] = field(default_factory=list)
 
 
 class BenchStation:
@@ -187,9 +190,9 @@ class BenchStation:
                 stderr=log,
             )
 
-    def receive(self, count: int, wait_s: float = _SILENT_S) -> list[bytes]:
-        """Take so many verdicts as they are. Raises BenchFailed."""
-        bodies: list[bytes] = []
+    def receive(self, count: int, wait_s: float = _SILENT_S) -> list[tuple[bytes, int]]:
+        """Take so many verdicts as they are, and when each came (Unix epoch, ns). Raises BenchFailed."""
+        bodies: list[tuple[bytes, int]] = []
         deadline_s = time.monotonic() + wait_s
         while len(bodies) < count:
             if self._socket.poll(200):
@@ -199,7 +202,7 @@ class BenchStation:
                 elif topic.startswith(b"map/"):
                     self._maps += 1
                 else:
-                    bodies.append(body)
+                    bodies.append((body, time.time_ns()))
                 deadline_s = time.monotonic() + _SILENT_S
             elif self._process.poll() is not None or time.monotonic() > deadline_s:
                 end = self._log.read_text(errors="replace")[-2000:]
@@ -209,12 +212,19 @@ class BenchStation:
     def measure(self, count: int, warm_up: int) -> LineResult:
         """Take verdicts and sum them up. Raises BenchFailed."""
         self.receive(warm_up, _STARTS_WITHIN_S)
-        before = self._look()
+        looks = [self._look()]
         began_s = time.monotonic()
-        bodies = self.receive(count)
+        received = []
+        for tenth in np.diff(np.linspace(0, count, _LOOKS + 1, dtype=int)).tolist():
+            received += self.receive(tenth)
+            looks.append(self._look())
         took_s = time.monotonic() - began_s
-        after = self._look()
-        found = [json.loads(body) for body in bodies]
+        found = []
+        for body, came_ns in received:
+            verdict = json.loads(body)
+            grabbed_ns = round(datetime.fromisoformat(verdict["time"]).timestamp() * 1e6) * 1000
+            verdict["latency_us"]["total"] = (came_ns - grabbed_ns) // 1000
+            found.append(verdict)
         outcomes: dict[str, int] = {}
         for verdict in found:
             word = verdict["verdict"] if verdict["reason"] is None else f"{verdict['verdict']}/{verdict['reason']}"
@@ -232,8 +242,8 @@ class BenchStation:
             unjournaled=sum(not verdict["journaled"] for verdict in found),
             maps=self._maps,
             stages=_stages(judged),
-            rss_mib=(before[0], after[0]),
-            descriptors=(before[1], after[1]),
+            rss_mib=[round(rss_mib, 1) for rss_mib, _ in looks],
+            descriptors=[descriptors for _, descriptors in looks],
         )
 
     def _look(self) -> tuple[float, int]:
@@ -294,15 +304,17 @@ def bench_pipeline(
     for load_fps in loads_fps or [saturated.rate_fps / 2]:
         camera = {**config["camera"], "rate_fps": load_fps}
         loaded = {**config, **_QUIET, "camera": camera, "on_overload": "invalid"}
-        with bench_station(folder / f"at {load_fps:g}", loaded, "--playback") as station:
+        with bench_station(folder / f"at {load_fps}", loaded, "--playback") as station:
             results.append(_result(station.measure(frames, warm_up), load_fps))
-    return {"machine": describe_machine(config["device"]), "results": [*results, _result(saturated, None)]}
+    machine = {**describe_machine(config["device"]), "engine_threads": config.get("threads") or _cores()}
+    return {"machine": machine, "results": [*results, _result(saturated, None)]}
 
 
 def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames: int) -> dict[str, Any]:
     """Measure everything but the engine on pylon's emulated camera: as fast as frames are taken, and at a load.
 
-    At the load, journal, maps and the regions of NG parts are added one by one.
+    At the load, journal, maps and the regions of NG parts are added one by one, in rounds, each with a station
+    of its own: every figure is the median of the rounds, `rounds_p50_ms` shows how much they differ.
 
     Raises BenchFailed, DriverMissing.
     """
@@ -316,7 +328,7 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
         "pixel_format": "Mono8",
         "features": features,
     }
-    common = {**_QUIET, "model": model, "threshold": _ALL_OK}
+    common = {**_QUIET, "plausible": {"frozen_frames": 0}, "model": model, "threshold": _ALL_OK}
     loaded = {**common, "camera": {**camera, "rate_fps": _INGEST_LOAD_FPS}, "on_overload": "invalid"}
     unlimited = {**camera, "features": {**features, "AcquisitionFrameRateEnable": False}}
     sides: dict[str, dict[str, Any]] = {
@@ -326,13 +338,28 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
         "journal, regions": {**loaded, "threshold": _ALL_NG},
         "journal, saturated": {**common, "camera": unlimited, "on_overload": "wait"},
     }
-    results = []
-    for name, config in sides.items():
-        load_fps = None if config["on_overload"] == "wait" else _INGEST_LOAD_FPS
-        with bench_station(folder / name, config, "--null-engine", maps="maps" in name) as station:
-            count = frames if load_fps is None else min(frames, _LOADED_FRAMES)
-            results.append({"with": name, **_result(station.measure(count, _INGEST_WARM_UP), load_fps)})
-    return {"machine": describe_machine(), "results": results}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for turn in range(_INGEST_ROUNDS):
+        for name, config in sides.items() if turn % 2 == 0 else reversed(sides.items()):
+            load_fps = None if config["on_overload"] == "wait" else _INGEST_LOAD_FPS
+            if turn > 0 and load_fps is None:
+                continue  # one long run shows what memory does
+            count = frames if load_fps is None else max(1, min(frames, _LOADED_FRAMES) // _INGEST_ROUNDS)
+            with bench_station(folder / f"{turn} {name}", config, "--null-engine", maps="maps" in name) as station:
+                seen = station.measure(count, _INGEST_WARM_UP if load_fps is None else _INGEST_WARM_UP // 5)
+            found[name].append({"with": name, **_result(seen, load_fps), "precision": None})
+    return {"machine": describe_machine(), "results": [_median(rounds) for rounds in found.values()]}
+
+
+def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last round, its stages' figures replaced by the medians of all rounds."""
+    last = rounds[-1]
+    stages = {
+        stage: {key: float(np.median([one[stage][key] for one in rounds])) for key in figures}
+        for stage, figures in last.items()
+        if isinstance(figures, dict) and "p50_ms" in figures
+    }
+    return {**last, **stages, "rounds_p50_ms": [one["total"]["p50_ms"] for one in rounds]}
 
 
 def bench_scaling(
@@ -350,11 +377,11 @@ def bench_scaling(
             sides.append(Side("cpu", precision, "small", geometry, None))
     timed = bench_engine(sides, seconds, lambda _done, _total: None, limits=False)
     results = [{"kind": "image_size", **result} for result in timed["results"]]
-    cores = len(os.sched_getaffinity(0))
+    cores = _cores()
     camera = {"driver": "synthetic", "width": 640, "height": 480, "pixel_format": "Mono8"}
     for count in range(1, stations + 1):
         threads = max(1, cores // count)
-        config = {"camera": camera, "model": model, "threads": threads, **_SATURATED}
+        config = {"camera": camera, "model": model, "device": "cpu", "threads": threads, **_SATURATED}
         with ExitStack() as stack:
             running = [
                 stack.enter_context(bench_station(folder / f"{count}-{index}", config, "--playback"))
@@ -371,9 +398,13 @@ def bench_scaling(
     return {"machine": timed["machine"], "results": results}
 
 
-_QUIET: dict[str, Any] = {"log": {"level": "warning"}, "images": False, "plausible": {"frozen_frames": 0}}
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+_QUIET: dict[str, Any] = {"log": {"level": "warning"}, "images": False}
 _SATURATED: dict[str, Any] = {**_QUIET, "on_overload": "wait"}
-_INGEST_WARM_UP, _INGEST_LOAD_FPS, _LOADED_FRAMES = 300, 100.0, 2000
+_INGEST_WARM_UP, _INGEST_LOAD_FPS, _LOADED_FRAMES, _INGEST_ROUNDS = 300, 100.0, 2000, 3
 _ALL_OK, _ALL_NG = 1e6, 1.0
 """Thresholds above and below the null engine's spots."""
 _EMULATED = "0815-0000"

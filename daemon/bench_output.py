@@ -70,8 +70,8 @@ def _cell(result: dict[str, Any], key: str, form: str) -> str:
     value: Any = result
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(value, list | tuple):  # sizes, or what was before and after
-        return "x".join(map(str, value)) if not form else " to ".join(format(each, form) for each in value)
+    if isinstance(value, list | tuple):  # sizes, or what was seen in the course of it
+        return "x".join(map(str, value)) if not form else " to ".join(format(value[i], form) for i in (0, -1))
     return "" if value is None else format(value, form)
 
 

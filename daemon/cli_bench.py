@@ -68,6 +68,8 @@ def engine(
             raise typer.BadParameter("is that of a --frame", param_hint="--pixel-format")
         fmt = format_named(pixel_format or "BayerRG8")
         taken = None if frame is None else FrameOf(*pair(frame, "--frame", "2448x2048"), fmt)
+        if taken is not None and min(taken.width, taken.height) < 3:
+            raise typer.BadParameter("sides of at least 3 px", param_hint="--frame")
         sides = []
         for each in sizes:
             engines: list[tuple[str, str]] = [("reference", "fp32")]
@@ -103,7 +105,8 @@ def pipeline(
     camera_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the frames, px")] = "2448x2048",
     pixel_format: FrameFormatOption = "BayerRG8",
     load_fps: Annotated[
-        list[float] | None, typer.Option(help="frames a second; repeatable; none: half of what saturates it")
+        list[float] | None,
+        typer.Option(min=0.01, help="frames a second; repeatable; none: half of what saturates it"),
     ] = None,
     frames: Annotated[int, typer.Option(min=10, help="measured at each load, after a tenth more")] = 300,
     device: DeviceOption = "auto",
@@ -115,7 +118,7 @@ def pipeline(
     """Run a whole station, saturated and at given loads, and time each stage from frame to verdict."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         from daemon.bench_line import bench_pipeline
-        from pipeline.engines import resolve_device
+        from pipeline.engines import reduced_precisions, resolve_device
 
         files = Files.checked(json_file, plot)
         width, height = pair(camera_size, "--camera-size", "2448x2048")
@@ -127,8 +130,12 @@ def pipeline(
         }
         if not (64 <= width <= 8192 and 64 <= height <= 8192):
             raise typer.BadParameter("sides of 64 to 8192 px", param_hint="--camera-size")
+        if load_fps is not None and len(set(load_fps)) < len(load_fps):
+            raise typer.BadParameter("a load is given twice", param_hint="--load-fps")
         chosen, _ = engine_words(device, precision)
         on_cuda, _ = resolve_device(chosen)
+        if precision not in ("auto", "fp32", *reduced_precisions("cuda" if on_cuda else "cpu")):
+            raise typer.BadParameter(f"this machine does not compute in {precision}", param_hint="--precision")
         config = {
             "camera": camera,
             "model": str(model or _quick_model(Path(folder), 256)),
@@ -213,6 +220,7 @@ def train(
     precision: Annotated[str, typer.Option(help="of inspectord's side: auto, fp32 or bf16")] = "auto",
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Compare training steps per second with a straightforward implementation of the published recipe."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
@@ -222,7 +230,7 @@ def train(
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
 
-        files = Files.checked(json_file)
+        files = Files.checked(json_file, plot)
         width, height = pair(image_size, "--image-size", "512x512")
         if dataset is None:
             dataset = _draw_parts(Path(folder))
@@ -241,7 +249,8 @@ def train(
             ("side", ""), ("precision", ""), ("steps_per_s", ".2f"), ("slowest_steps_per_s", ".2f"),
             ("fastest_steps_per_s", ".2f"), ("ratio_to_reference", ".2f"), ("mean_loss", ".4f"),
         ]  # fmt: skip
-        show(found, columns, files)
+        rates = {r["side"]: [r["steps_per_s"]] for r in found["results"]}
+        show(found, columns, files, Bars("Training", "steps a second", [size], rates))
 
 
 def soak(
@@ -253,12 +262,13 @@ def soak(
     seed: Annotated[int, typer.Option(help="of the order of the faults")] = 0,
     pause_s: Annotated[float, typer.Option(min=0, help="mean pause between two faults")] = 1.0,
     json_file: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Run a station on the simulated line, inject every fault there is, and count what a subscriber missed."""
     from daemon.soak import SoakFailed, SoakLine
     from daemon.soak import soak as run_soak
 
-    files = Files.checked(json_file)
+    files = Files.checked(json_file, plot)
     if minutes is None and frames is None:
         minutes = 2.0
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
@@ -272,11 +282,18 @@ def soak(
             raise
         finally:
             line.close()
-        found = line.result.to_json()
-        columns = [("fault", ""), ("injected", "d"), ("median_recovery_ms", "d")]
-        show(found, columns, files)
-        for name, value in found["totals"].items():
-            typer.echo(f"{name:<16}{value}")
+            found = line.result.to_json()  # most wanted where it has failed
+            columns = [("fault", ""), ("injected", "d"), ("median_recovery_ms", "d")]
+            faults = [r["fault"] for r in found["results"]]
+            recovered = {"recovery": [r["median_recovery_ms"] for r in found["results"]]}
+            show(
+                found,
+                columns,
+                files,
+                Bars("Judged again after", "median, ms", faults, recovered) if faults else None,
+            )
+            for name, value in found["totals"].items():
+                typer.echo(f"{name:<16}{value}")
 
 
 def _quick_model(folder: Path, side_px: int) -> Path:

@@ -64,12 +64,26 @@ class SoakResult:
     boots: set[str] = field(default_factory=set)
     duration_s: float = 0.0
     rss_mib: list[float] = field(default_factory=list)
-    """Resident memory of the last process after each fault."""
+    """Resident memory of the present process after each fault."""
     descriptors: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
+    longest: dict[str, list[float] | list[int]] = field(default_factory=dict)
+    """The three of the process that was looked at most often."""
+
+    def next_process(self) -> None:
+        """Begin to look at another process."""
+        self._keep_longest()
+        for seen in (self.rss_mib, self.descriptors, self.threads):
+            seen.clear()
+
+    def _keep_longest(self) -> None:
+        if len(self.rss_mib) > len(self.longest.get("rss_mib", [])):
+            rss_mib = [round(value, 1) for value in self.rss_mib]
+            self.longest = {"rss_mib": rss_mib, "descriptors": [*self.descriptors], "threads": [*self.threads]}
 
     def to_json(self) -> dict[str, Any]:
         """Return `{"machine": …, "results": […]}`, as every bench does."""
+        self._keep_longest()
         rows = [
             {
                 "fault": name,
@@ -88,9 +102,7 @@ class SoakResult:
             "unjournaled": self.unjournaled,
             "late": dict(self.late),
             "boots": len(self.boots),
-            "rss_mib": [round(value, 1) for value in self.rss_mib[:1] + self.rss_mib[-1:]],
-            "descriptors": self.descriptors[:1] + self.descriptors[-1:],
-            "threads": self.threads[:1] + self.threads[-1:],
+            "longest_process": self.longest,
         }
         return {"machine": describe_machine(), "results": rows, "totals": totals}
 
@@ -153,8 +165,7 @@ class SoakLine:
 
     def start(self) -> None:
         """Start the process; its log is appended to `daemon.log`."""
-        for seen in (self.result.rss_mib, self.result.descriptors, self.result.threads):
-            seen.clear()
+        self.result.next_process()
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "daemon.faults", "-c", str(self.path), str(self.orders)],

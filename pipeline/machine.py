@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
 import torch
 
+_VERSIONS = {
+    "inspectord": "inspectord",
+    "openvino": "openvino",
+    "cupy": "cupy-cuda12x",
+    "numpy": "numpy",
+    "opencv": "opencv-python-headless",
+}
+
 
 def describe_machine(device: str = "cpu") -> dict[str, str | int]:
-    """Name processor, threads, versions and, for `cuda`, the GPU."""
+    """Name processor, versions and, for `cuda`, the GPU; `threads` are PyTorch's in this process."""
+    versions = {}
+    for name, distribution in _VERSIONS.items():
+        try:
+            versions[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return {
         "machine": platform.machine(),
         "processor": _of_processor("model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **versions,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }

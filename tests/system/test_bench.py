@@ -30,7 +30,10 @@ def check_stages(result):
     for stage in STAGES:
         values = [result[stage][key] for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
         assert values == sorted(values)
-    assert result["rss_mib"][0] > 0
+    assert len(result["rss_mib"]) == len(result["descriptors"]) == 11
+    assert min(result["rss_mib"]) > 0
+    parts = sum(result[stage]["p50_ms"] for stage in ("grab", "queue", "preprocess", "infer"))
+    assert parts < result["total"]["p50_ms"], "to the subscriber, not to the socket"
 
 
 @pytest.mark.parametrize(("size", "wanted"), [("small", 38.0), ("medium", 117.7)])
@@ -93,7 +96,10 @@ def test_everything_but_the_engine(tmp_path):
     for name, result in by_name.items():
         judged = {word for word in result["outcomes"] if not word.startswith("INVALID")}
         assert judged == {"NG" if name == "journal, regions" else "OK"}
-        assert (result["unjournaled"] == 200) == (name == "nothing")
+        assert result["verdicts"] == (200 if name == "journal, saturated" else 66)
+        assert result["unjournaled"] == (66 if name == "nothing" else 0)
+        assert len(result["rounds_p50_ms"]) == (1 if name == "journal, saturated" else 3)
+        assert result["total"]["p50_ms"] == pytest.approx(np.median(result["rounds_p50_ms"]))
         assert (result["maps"] > 0) == (name == "journal, maps")
         assert result["infer"]["max_ms"] == 0.0
         check_stages(result)
@@ -115,7 +121,11 @@ def test_image_sizes_tiles_and_stations(tmp_path):
     [
         (("engine", "--size", "huge"), "'huge' is not one of small, medium"),
         (("engine", "--tiles", "20x20", "--seconds", "0.1"), "too many"),
+        (("engine", "--frame", "0x0"), "at least 3 px"),
         (("pipeline", "--model", "/nowhere"), "/nowhere"),
+        (("pipeline", "--load-fps", "0"), "--load-fps"),
+        (("pipeline", "--load-fps", "5", "--load-fps", "5"), "given twice"),
+        (("pipeline", "--precision", "fp16", "--device", "cpu"), "does not compute in fp16"),
         (("ingest", "--json", "/nowhere/b.json"), "no folder /nowhere"),
         (("scaling", "--plot", "/nowhere/b.png"), "no folder /nowhere"),
     ],
