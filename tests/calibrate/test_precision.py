@@ -65,7 +65,7 @@ def test_ranges_that_cut_anomalies_off_are_found_out(bundle, held_out, monkeypat
     right = calibrate_precisions(bundle, held_out, maps, scorer, options).precisions["int8"]
     monkeypatch.setattr(calibrating, "observe_ranges", narrowed)
     wrong = calibrate_precisions(bundle, held_out, maps, scorer, options).precisions["int8"]
-    assert 5 * right.largest_deviation < wrong.largest_deviation, "four steps of training are no model"
+    assert 3 * right.largest_deviation < wrong.largest_deviation, "four steps of training are no model"
     assert not wrong.trusted
 
 
