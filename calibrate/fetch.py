@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.bundle import write_atomically
@@ -20,14 +19,13 @@ class FetchFailed(Exception):
     """Nothing was written; the message says why."""
 
 
-def fetch(url: str, sha256: str, path: Path, on_bytes: Callable[[int, int], None] | None = None) -> None:
+def fetch(url: str, sha256: str, path: Path) -> None:
     """Download a file and check it before anything is written.
 
     Args:
         url: http, https or file.
         sha256: of the file, 64 hex digits.
         path: to write.
-        on_bytes: told how many of how many bytes have come (0: the server did not say).
 
     Raises FetchFailed, or OSError when the disk refuses.
     """
@@ -45,8 +43,6 @@ def fetch(url: str, sha256: str, path: Path, on_bytes: Callable[[int, int], None
                 count += len(piece)
                 if count > _LARGEST_BYTES:
                     raise FetchFailed(f"{url}: larger than {_LARGEST_BYTES >> 20} MiB, no teacher is")
-                if on_bytes is not None:
-                    on_bytes(count, total)
     except urllib.error.HTTPError as error:
         raise FetchFailed(f"{url}: the server answers {error.code} {error.reason}") from error
     except urllib.error.URLError as error:

@@ -15,11 +15,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from daemon.events import EventKind, Events
 from daemon.images import ImageFormat, Picture, encode_image, write_picture
 from daemon.ledger import Entry, Ledger
-from drivers.frame import Image
+from drivers.frame import Image, PixelFormat
 from pipeline.inspect import Inspection, Outcome
 
 _WAITING_BYTES = 256 << 20
@@ -30,6 +31,15 @@ _OURS = re.compile(r"\d{4}-\d{2}-\d{2}/\d{12}-(OK|NG|INVALID)\.(png|jpg|npy|json
 
 class CaptureRunning(Exception):
     """Another capture has not got all its frames yet."""
+
+
+class Taken(NamedTuple):
+    """A snapshot."""
+
+    png: bytes
+    """The file's content; its samples are the camera's, a Bayer pattern included."""
+    sequence: int
+    pixel_format: PixelFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class _Copied:
     image: Image
     capture: _Capture | None
     kept: bool
-    snapshots: list[Future[tuple[bytes, int]]]
+    snapshots: list[Future[Taken]]
 
 
 @dataclass(slots=True)
@@ -85,7 +95,7 @@ class Archive:
         self._waiting: deque[_Copied] = deque()
         self._waiting_bytes = 0
         self._capture: _Capture | None = None
-        self._snapshots: list[Future[tuple[bytes, int]]] = []
+        self._snapshots: list[Future[Taken]] = []
         self._ok_seen = 0
         self._kept: deque[tuple[list[Path], int]] = deque()
         self._closing = False
@@ -133,9 +143,9 @@ class Archive:
             self._waiting_bytes += image.nbytes
             self._changed.notify()
 
-    def snapshot(self) -> Future[tuple[bytes, int]]:
-        """Ask for the next judged frame, as a PNG file's content with the frame's sequence number."""
-        future: Future[tuple[bytes, int]] = Future()
+    def snapshot(self) -> Future[Taken]:
+        """Ask for the next judged frame."""
+        future: Future[Taken] = Future()
         with self._changed:
             self._snapshots.append(future)
         return future
@@ -192,13 +202,13 @@ class Archive:
         wanted = [future for future in copied.snapshots if future.set_running_or_notify_cancel()]
         if wanted:
             try:
-                png, _ = encode_image(copied.image, fmt, "png")
+                png, stored = encode_image(copied.image, fmt, "png")
             except Exception as error:
                 for future in wanted:
                     future.set_exception(error)
                 raise
             for future in wanted:
-                future.set_result((png, entry.sequence))
+                future.set_result(Taken(png, entry.sequence, stored))
         if copied.capture is not None:
             self._write_captured(copied.capture, entry, Picture(copied.image, fmt, None, None))
         if not copied.kept or keep is None:

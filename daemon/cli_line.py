@@ -130,7 +130,7 @@ def snapshot(
     with _control(context, config) as control:
         result, png = control.request("snapshot")
         output.write_bytes(png or b"")
-    typer.echo(f"{output}: part {result['sequence']}")
+    typer.echo(f"{output}: part {result['sequence']}, {result['pixel_format']}")
 
 
 @_ctl.command()

@@ -10,7 +10,7 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from daemon.acquisition import Line
-from daemon.archive import Archive, CaptureRunning
+from daemon.archive import Archive, CaptureRunning, Taken
 from daemon.events import EventKind, Events
 from daemon.journal import Journal, Query, read_journal
 from daemon.ledger import Entry, Ticket
@@ -129,7 +129,7 @@ class Commands:
     def _snapshot(self) -> Future[Answer]:
         answer: Future[Answer] = Future()
 
-        def taken(snapshot: Future[tuple[bytes, int]]) -> None:
+        def taken(snapshot: Future[Taken]) -> None:
             if snapshot.cancelled():
                 answer.cancel()
             elif answer.set_running_or_notify_cancel():  # else nobody waits for it any more
@@ -137,8 +137,9 @@ class Commands:
                 if error is not None:
                     answer.set_exception(error)
                 else:
-                    png, sequence = snapshot.result()
-                    answer.set_result(Answer({"sequence": sequence, "bytes": len(png)}, png))
+                    png, sequence, fmt = snapshot.result()
+                    found = {"sequence": sequence, "bytes": len(png), "pixel_format": fmt.value}
+                    answer.set_result(Answer(found, png))
 
         self._archive.snapshot().add_done_callback(taken)
         return answer

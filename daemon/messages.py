@@ -1,4 +1,4 @@
-"""The messages on the wire, as documented in the README. Later versions add fields and break none."""
+"""The messages on the wire, as documented in docs/protocol.md. Later versions add fields and break none."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ VERDICT_SCHEMA = "inspectord.verdict/1"
 MAP_SCHEMA = "inspectord.map/1"
 HEALTH_SCHEMA = "inspectord.health/1"
 EVENT_SCHEMA = "inspectord.event/1"
-MAX_EXACT_INTEGER = 2**53
-"""Largest integer that every JSON reader holds exactly (IEEE 754 doubles)."""
 
 
 class RegionMessage(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Tell systemd how the service is (sd_notify(3)): READY, STOPPING, WATCHDOG, STATUS."""
+"""Tell systemd how the service is (sd_notify(3)): READY, STOPPING, RELOADING, WATCHDOG."""
 
 from __future__ import annotations
 

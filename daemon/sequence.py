@@ -47,15 +47,17 @@ class SequenceFile:
             ) from error
         except (OSError, ValueError) as error:
             os.close(self._fd)
-            raise StateError(f"{path}: {error}; delete it to count from 1 again") from error
+            raise StateError(
+                f"{path}: {error}; delete it to count on from the journal (from 1 without one)"
+            ) from error
         magic, grabbed, published = _LAYOUT.unpack_from(self._map)
         self.grabbed, self.published = int(grabbed), int(published)
         if magic != _MAGIC or self.published > self.grabbed:
             self.close()
-            raise StateError(f"{path} is damaged; delete it to count from 1 again")
+            raise StateError(f"{path} is damaged; delete it to count on from the journal (from 1 without one)")
 
     def next(self) -> int:
-        """Give out the next number; it is remembered before anyone sees it. Called by one thread only."""
+        """Give out the next number; it is remembered before anyone sees it. Not for two threads at once."""
         self.grabbed += 1
         _NUMBER.pack_into(self._map, _GRABBED_AT, self.grabbed)
         return self.grabbed

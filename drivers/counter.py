@@ -21,8 +21,6 @@ class BlockIdCounter:
     first_id: int = 0
     wraps_after: int | None = None
     """Last id before the counter returns to `first_id`; None for a counter that never wraps."""
-    resets: int = 0
-    """Times the counter stood still or jumped back or impossibly far, which says nothing of lost frames."""
     _last_id: int | None = None
 
     @classmethod
@@ -45,22 +43,15 @@ class BlockIdCounter:
         if block_id == INVALID_ID:
             return 0
         if self.wraps_after is not None and not self.first_id <= block_id <= self.wraps_after:
-            self.resets += 1
             return 0
         last_id, self._last_id = self._last_id, block_id
         if last_id is None:
             missing = block_id - self.first_id
-            if 0 <= missing <= MAX_PLAUSIBLE_GAP:
-                return missing
-            self.resets += 1
-            return 0
+            return missing if 0 <= missing <= MAX_PLAUSIBLE_GAP else 0
         step = block_id - last_id
         if self.wraps_after is not None:
             period = self.wraps_after - self.first_id + 1
             step %= period
             if step > period // 2:  # more than half the range ahead is a step backwards
                 step = 0
-        if step <= 0 or step > MAX_PLAUSIBLE_GAP:
-            self.resets += 1
-            return 0
-        return step - 1
+        return step - 1 if 0 < step <= MAX_PLAUSIBLE_GAP else 0

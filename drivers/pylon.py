@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -99,6 +100,7 @@ class PylonCamera:
         self._lost_because: str | None = None
         self._held: Any = None
         self._device_class = ""
+        self._tick_ns: int | Fraction = 1
         self._triggered_ns: int | None = None
         """When the trigger was fired whose frame has not come yet."""
         self._late_frame_possible = False
@@ -128,6 +130,7 @@ class PylonCamera:
         info = camera.GetDeviceInfo()
         self._source = info.GetSerialNumber()
         self._device_class = info.GetDeviceClass()
+        self._tick_ns = self._read_tick_ns()
         self._failed_in_a_row, self._lost_because = 0, None
         self._heard_s = time.monotonic()
         if options.pass_output is not None:
@@ -237,6 +240,13 @@ class PylonCamera:
         node = self._camera.GetNodeMap().GetNode("GevGVSPExtendedIDMode")
         extended = node is not None and self._genicam.IsReadable(node) and node.ToString() == "On"
         return BlockIdCounter.gige_extended() if extended else BlockIdCounter.gige()
+
+    def _read_tick_ns(self) -> int | Fraction:
+        """Return how long one tick of the camera's clock is: USB cameras count nanoseconds, GigE ones often do not."""
+        node = self._camera.GetNodeMap().GetNode("GevTimestampTickFrequency")
+        if self._device_class != "BaslerGigE" or node is None or not self._genicam.IsReadable(node):
+            return 1
+        return Fraction(10**9, node.GetValue() or 10**9)
 
     def ready(self, timeout_s: float) -> bool:
         """Wait until the camera takes a trigger: those sent earlier collapse into one."""
@@ -352,7 +362,7 @@ class PylonCamera:
                 image=samples.reshape(shape),
                 pixel_format=self._pixel_format,
                 device_id=device_id,
-                device_timestamp_ns=int(result.TimeStamp) or None,
+                device_timestamp_ns=int(result.TimeStamp * self._tick_ns) or None,
                 arrived_ns=arrived_ns,
             )
         )

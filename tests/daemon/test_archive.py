@@ -193,7 +193,7 @@ def test_a_snapshot_is_the_next_judged_frame(setup, rng):
     future = archive.snapshot()
     image = rng.integers(0, 256, (10, 12), np.uint8)
     entry = judge(archive, OK, image)
-    png, sequence = future.result(60)
+    png, sequence, _ = future.result(60)
     assert sequence == entry.sequence
     np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED), image)
 

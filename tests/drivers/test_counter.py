@@ -34,13 +34,11 @@ def test_the_first_frames_of_an_acquisition_can_be_lost_too():
 @pytest.mark.parametrize("counter", [BlockIdCounter.gige(), BlockIdCounter.usb()])
 def test_a_counter_that_stands_still_or_goes_back_is_a_reset_not_a_gap(counter):
     assert missing(counter, [1, 2, 2, 1]) == ([0, 0, 0, 0] if counter.wraps_after else [1, 0, 0, 0])
-    assert counter.resets == 2
 
 
 def test_an_impossible_jump_is_a_reset_not_a_trillion_lost_frames():
     counter = BlockIdCounter.usb()
     assert missing(counter, [0, 5, 2**40, 2**40 + 2]) == [0, 4, 0, 1]
-    assert counter.resets == 1
     assert BlockIdCounter.usb().missing_before(2**50) == 0
 
 
