@@ -54,7 +54,7 @@ class SequenceFile:
         self.grabbed, self.published = int(grabbed), int(published)
         if magic != _MAGIC or self.published > self.grabbed:
             self.close()
-            raise StateError(f"{path} is damaged; delete it to count on from the journal (from 1 without one)")
+            raise StateError(f"{path} is damaged; delete it to count on from the journal")
 
     def next(self) -> int:
         """Give out the next number; it is remembered before anyone sees it. Not for two threads at once."""

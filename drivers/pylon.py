@@ -242,7 +242,7 @@ class PylonCamera:
         return BlockIdCounter.gige_extended() if extended else BlockIdCounter.gige()
 
     def _read_tick_ns(self) -> int | Fraction:
-        """Return how long one tick of the camera's clock is: USB cameras count nanoseconds, GigE ones often do not."""
+        """Return how long a tick of the camera's clock is: nanoseconds on USB, often longer on GigE."""
         node = self._camera.GetNodeMap().GetNode("GevTimestampTickFrequency")
         if self._device_class != "BaslerGigE" or node is None or not self._genicam.IsReadable(node):
             return 1
