@@ -23,15 +23,13 @@ from calibrate.metrics import PRO_LIMIT, Rate
 from drivers.frame import Image, PixelFormat
 from drivers.replay import read_image
 from pipeline.bundle import Bundle, write_atomically
-from pipeline.preprocess import demosaic
+from pipeline.overlay import lay_over, to_bgr
 from pipeline.scoring import FloatMap, Scorer
 
 _SHOWN_OF_A_KIND = 3
 _THUMBNAIL_PX = 320
 _DOTS_PER_INCH = 110
 _GREEN, _RED, _BLUE, _GREY = "#2a7f3f", "#c0392b", "#1f5fa8", "#777777"
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,20 +370,13 @@ def _example(
     threshold: float,
     fmt: PixelFormat,
 ) -> Example:
-    shown: Pixels = np.asarray(image >> (fmt.bits - 8), np.uint8)
-    if fmt.bayer:
-        shown = np.asarray(demosaic(shown, fmt.bayer)[..., ::-1], np.uint8)
-    bgr = cv2.cvtColor(shown, cv2.COLOR_GRAY2BGR) if shown.ndim == 2 else shown.copy()
+    bgr = to_bgr(image, fmt)
     scale = min(1.0, _THUMBNAIL_PX / max(bgr.shape[:2]))
     size = (max(1, round(bgr.shape[1] * scale)), max(1, round(bgr.shape[0] * scale)))
-    photograph = cv2.resize(bgr, size, interpolation=cv2.INTER_AREA)
-    whole = np.full(bgr.shape[:2], -np.inf, np.float32)
-    whole[window] = pixels
-    # Colour begins well below the threshold and is full at three times it.
-    heat = np.clip(np.where(np.isfinite(whole), whole, 0) / max(3 * threshold, 1e-6), 0, 1)
-    coloured = cv2.applyColorMap(cv2.resize((heat * 255).astype(np.uint8), size), cv2.COLORMAP_INFERNO)
-    grey = cv2.cvtColor(cv2.cvtColor(photograph, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    panels = [photograph, cv2.addWeighted(grey, 0.35, coloured, 0.65, 0)]
+    photograph = np.asarray(cv2.resize(bgr, size, interpolation=cv2.INTER_AREA), np.uint8)
+    whole = np.zeros(bgr.shape[:2], np.float32)
+    whole[window] = np.where(np.isfinite(pixels), pixels, 0)
+    panels = [photograph, lay_over(photograph, np.asarray(cv2.resize(whole, size), np.float32), threshold)]
     if truth is not None:
         mask = cv2.resize(truth.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA)
         panels.append(np.asarray(cv2.cvtColor(mask, cv2.COLOR_GRAY2BGR), np.uint8))

@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from daemon.images import ImageFormat, Picture, encode_image, write_picture
 from daemon.ledger import Entry, Ledger
 from drivers.frame import Image, PixelFormat
 from pipeline.inspect import Inspection, Outcome
+from pipeline.overlay import overlay_of
 
 _WAITING_BYTES = 256 << 20
 """Copies that may wait for a slow disk; beyond that images are dropped, which is counted."""
@@ -56,6 +57,16 @@ class Keep:
     """Free space on the disk that is left to others."""
 
 
+class NoMap(Exception):
+    """The part of a snapshot was not judged, so there is nothing to lay over it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    overlay: bool
+    taken: Future[Taken] = field(default_factory=Future)
+
+
 @dataclass(frozen=True, slots=True)
 class _Copied:
     entry: Entry
@@ -63,7 +74,7 @@ class _Copied:
     image: Image
     capture: _Capture | None
     kept: bool
-    snapshots: list[Future[Taken]]
+    snapshots: list[_Snapshot]
 
 
 @dataclass(slots=True)
@@ -95,7 +106,7 @@ class Archive:
         self._waiting: deque[_Copied] = deque()
         self._waiting_bytes = 0
         self._capture: _Capture | None = None
-        self._snapshots: list[Future[Taken]] = []
+        self._snapshots: list[_Snapshot] = []
         self._ok_seen = 0
         self._kept: deque[tuple[list[Path], int]] = deque()
         self._closing = False
@@ -119,7 +130,7 @@ class Archive:
         """Tell who still waits for a frame that none will come."""
         with self._changed:
             for snapshot in self._snapshots:
-                snapshot.cancel()
+                snapshot.taken.cancel()
 
     def look(self, entry: Entry, image: Image, inspection: Inspection | None) -> None:
         """Copy an image if anyone wants it; called by the engine's thread for every frame."""
@@ -143,12 +154,12 @@ class Archive:
             self._waiting_bytes += image.nbytes
             self._changed.notify()
 
-    def snapshot(self) -> Future[Taken]:
-        """Ask for the next judged frame."""
-        future: Future[Taken] = Future()
+    def snapshot(self, *, overlay: bool = False) -> Future[Taken]:
+        """Ask for the next judged frame, as it is or in colour with its anomaly map laid over it."""
+        wanted = _Snapshot(overlay)
         with self._changed:
-            self._snapshots.append(future)
-        return future
+            self._snapshots.append(wanted)
+        return wanted.taken
 
     def capture(self, count: int, name: str) -> Path:
         """Keep the next good frames in a folder of their own. Raises CaptureRunning, FileExistsError or OSError."""
@@ -199,16 +210,12 @@ class Archive:
         fmt = entry.frame.pixel_format
         if fmt is None:
             raise AssertionError("a judged frame has a pixel format")
-        wanted = [future for future in copied.snapshots if future.set_running_or_notify_cancel()]
-        if wanted:
-            try:
-                png, stored = encode_image(copied.image, fmt, "png")
-            except Exception as error:
-                for future in wanted:
-                    future.set_exception(error)
-                raise
-            for future in wanted:
-                future.set_result(Taken(png, entry.sequence, stored))
+        for snapshot in copied.snapshots:
+            if snapshot.taken.set_running_or_notify_cancel():
+                try:
+                    snapshot.taken.set_result(_take(copied, fmt, overlay=snapshot.overlay))
+                except Exception as error:  # noqa: BLE001 - becomes the reply
+                    snapshot.taken.set_exception(error)
         if copied.capture is not None:
             self._write_captured(copied.capture, entry, Picture(copied.image, fmt, None, None))
         if not copied.kept or keep is None:
@@ -280,6 +287,18 @@ class Archive:
         if self.error != error:
             self.error = error
             self._events.say(EventKind.IMAGES, "an image could not be kept; inspection goes on", error=error)
+
+
+def _take(copied: _Copied, fmt: PixelFormat, *, overlay: bool) -> Taken:
+    entry, image, inspection = copied.entry, copied.image, copied.inspection
+    if overlay:
+        if inspection is None or inspection.anomaly_map is None:
+            raise NoMap(f"part {entry.sequence} is INVALID and has no anomaly map; ask again")
+        judged_by = entry.judged_by
+        image = overlay_of(image, fmt, inspection.anomaly_map, judged_by.geometry, judged_by.threshold)
+        fmt = PixelFormat.BGR8
+    png, stored = encode_image(image, fmt, "png")
+    return Taken(png, entry.sequence, stored)
 
 
 def _free_bytes(folder: Path) -> int:

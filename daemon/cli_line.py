@@ -125,10 +125,13 @@ def snapshot(
     context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file", dir_okay=False)],
     config: OptionalConfig = None,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="in colour, with the anomaly map laid over it")
+    ] = False,
 ) -> None:
     """Save the next judged frame."""
     with _control(context, config) as control:
-        result, png = control.request("snapshot")
+        result, png = control.request("snapshot", overlay=overlay)
         output.write_bytes(png or b"")
     typer.echo(f"{output}: part {result['sequence']}, {result['pixel_format']}")
 

@@ -79,7 +79,7 @@ class Commands:
             case Reload():
                 return _in_a_thread(self._reload)
             case Snapshot():
-                return self._snapshot()
+                return self._snapshot(command)
             case Capture():
                 return self._capture(command)
             case Stop():
@@ -126,7 +126,7 @@ class Commands:
         except ReloadRefused as error:
             raise Refused(str(error)) from error
 
-    def _snapshot(self) -> Future[Answer]:
+    def _snapshot(self, command: Snapshot) -> Future[Answer]:
         answer: Future[Answer] = Future()
 
         def taken(snapshot: Future[Taken]) -> None:
@@ -141,7 +141,7 @@ class Commands:
                     found = {"sequence": sequence, "bytes": len(png), "pixel_format": fmt.value}
                     answer.set_result(Answer(found, png))
 
-        self._archive.snapshot().add_done_callback(taken)
+        self._archive.snapshot(overlay=command.overlay).add_done_callback(taken)
         return answer
 
     def _capture(self, command: Capture) -> Answer:

@@ -45,6 +45,9 @@ class Reload(_Request, frozen=True):
 class Snapshot(_Request, frozen=True):
     """Send the next judged frame as a PNG file, in a binary part after the reply."""
 
+    overlay: bool = False
+    """In colour, with its anomaly map laid over it, instead of the camera's own samples."""
+
 
 class Capture(_Request, frozen=True):
     """Keep the next good frames in a folder below the state folder."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import structlog
 
-from daemon.archive import Archive, CaptureRunning, Keep
+from daemon.archive import Archive, CaptureRunning, Keep, NoMap
 from daemon.events import Events, Outbox
 from daemon.images import Picture, encode_image, read_picture, write_picture
 from daemon.ledger import Ledger, Ticket
@@ -196,6 +196,15 @@ def test_a_snapshot_is_the_next_judged_frame(setup, rng):
     png, sequence, _ = future.result(60)
     assert sequence == entry.sequence
     np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED), image)
+
+
+def test_a_snapshot_with_its_map_needs_a_part_that_was_judged(setup, rng):
+    make, judge, _ = setup
+    archive = make()
+    future = archive.snapshot(overlay=True)
+    judge(archive, None)
+    with pytest.raises(NoMap, match="part 1 is INVALID and has no anomaly map"):
+        future.result(60)
 
 
 def test_a_capture_takes_the_next_good_frames_only(setup):

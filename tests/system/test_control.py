@@ -114,7 +114,13 @@ def test_snapshot_and_capture(line, tmp_path):
     picture = tmp_path / "now.png"
     done = cli("ctl", "snapshot", "-c", bench.path, "-o", picture)
     assert done.returncode == 0, done.stderr
-    assert cv2.imread(str(picture)).shape == (96, 96, 3)
+    plain = cv2.imread(str(picture))
+    assert plain.shape == (96, 96, 3)
+    done = cli("ctl", "snapshot", "--overlay", "-c", bench.path, "-o", picture)
+    assert done.returncode == 0, done.stderr
+    laid_over = cv2.imread(str(picture))
+    assert laid_over.shape == plain.shape
+    assert laid_over.mean() < 0.6 * plain.mean(), "dark where nothing is found"
     done = cli("ctl", "capture", "4", "--name", "lamp2", "-c", bench.path)
     folder = Path(json.loads(done.stdout)["folder"])
     bench.receive_until(lambda: len(list(folder.glob("*.png"))) == 4)
