@@ -30,10 +30,6 @@ _VERDICT_WITHIN_S = 10.0
 _OURS = re.compile(r"\d{4}-\d{2}-\d{2}/\d{12}-(OK|NG|INVALID)\.(png|jpg|npy|json)")
 
 
-class CaptureRunning(Exception):
-    """Another capture has not got all its frames yet."""
-
-
 class Taken(NamedTuple):
     """A snapshot."""
 
@@ -162,13 +158,13 @@ class Archive:
         return wanted.taken
 
     def capture(self, count: int, name: str) -> Path:
-        """Keep the next good frames in a folder of their own. Raises CaptureRunning, FileExistsError or OSError."""
+        """Keep the next good frames in a folder of their own; a capture that was under way ends.
+
+        Raises FileExistsError or OSError.
+        """
         folder = self._captures / name
+        folder.mkdir(parents=True)
         with self._changed:
-            running = self._capture
-            if running is not None and running.taken < running.wanted:
-                raise CaptureRunning(f"{running.folder.name} has {running.taken} of {running.wanted} frames so far")
-            folder.mkdir(parents=True)
             self._capture = _Capture(folder, count)
         return folder
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -314,7 +315,7 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
     """Measure everything but the engine on pylon's emulated camera: as fast as frames are taken, and at a load.
 
     At the load, journal, maps and the regions of NG parts are added one by one, in rounds, each with a station
-    of its own: every figure is the median of the rounds, `rounds_p50_ms` shows how much they differ.
+    of its own: stages are the medians of the rounds, `rounds_p50_ms` shows how much they differ, counts are sums.
 
     Raises BenchFailed, DriverMissing.
     """
@@ -352,14 +353,22 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
 
 
 def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the last round, its stages' figures replaced by the medians of all rounds."""
+    """Return the last round with the medians of all rounds' stages and the sums of their counts."""
     last = rounds[-1]
     stages = {
         stage: {key: float(np.median([one[stage][key] for one in rounds])) for key in figures}
         for stage, figures in last.items()
         if isinstance(figures, dict) and "p50_ms" in figures
     }
-    return {**last, **stages, "rounds_p50_ms": [one["total"]["p50_ms"] for one in rounds]}
+    counts = {name: sum(one[name] for one in rounds) for name in ("verdicts", "invalid", "unjournaled", "maps")}
+    outcomes: Counter[str] = sum((Counter(one["outcomes"]) for one in rounds), Counter())
+    return {
+        **last,
+        **stages,
+        **counts,
+        "outcomes": dict(outcomes),
+        "rounds_p50_ms": [one["total"]["p50_ms"] for one in rounds],
+    }
 
 
 def bench_scaling(

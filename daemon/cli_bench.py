@@ -273,27 +273,27 @@ def soak(
         minutes = 2.0
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         line = SoakLine(Path(folder) / "line", model or _quick_model(Path(folder), 64))
+        failed: SoakFailed | None = None
         try:
             for name, so_far in run_soak(line, minutes, frames, seed, pause_s):
                 took_ms = so_far.recovery_ms[name][-1]
                 typer.echo(f"{so_far.last_sequence:>9}  {name:<26} judged again after {took_ms:8.0f} ms")
-        except SoakFailed:
+        except SoakFailed as error:
+            failed = error
             typer.echo((line.folder / "daemon.log").read_text()[-4000:], err=True)
-            raise
         finally:
             line.close()
-            found = line.result.to_json()  # most wanted where it has failed
-            columns = [("fault", ""), ("injected", "d"), ("median_recovery_ms", "d")]
-            faults = [r["fault"] for r in found["results"]]
-            recovered = {"recovery": [r["median_recovery_ms"] for r in found["results"]]}
-            show(
-                found,
-                columns,
-                files,
-                Bars("Judged again after", "median, ms", faults, recovered) if faults else None,
-            )
-            for name, value in found["totals"].items():
-                typer.echo(f"{name:<16}{value}")
+        found = line.result.to_json()
+        if failed is not None:
+            found["totals"] |= {"failed": str(failed), "after": line.after}
+        columns = [("fault", ""), ("injected", "d"), ("median_recovery_ms", "d")]
+        faults = [r["fault"] for r in found["results"]]
+        recovered = {"recovery": [r["median_recovery_ms"] for r in found["results"]]}
+        show(found, columns, files, Bars("Judged again after", "median, ms", faults, recovered) if faults else None)
+        for name, value in found["totals"].items():
+            typer.echo(f"{name:<16}{value}")
+        if failed is not None:
+            raise failed
 
 
 def _quick_model(folder: Path, side_px: int) -> Path:

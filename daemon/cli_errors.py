@@ -89,11 +89,12 @@ def leaving_at_the_end() -> Iterator[None]:
         raise
     except BaseException:
         if _threads_left():
-            traceback.print_exc()
+            _say(traceback.format_exc())
         raise
     finally:
-        if "daemon.log" in sys.modules:
-            sys.modules["daemon.log"].drain_log()
+        heard = _say("")
+        if not heard:
+            os._exit(code)
         if _threads_left():
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError):  # nobody reads it any more
@@ -106,6 +107,14 @@ def _threads_left() -> bool:
     return any(thread not in harmless and thread.name != "log" for thread in threading.enumerate())
 
 
+def _say(text: str) -> bool:
+    """Write to standard error, by way of the log where there is one; False where nobody reads it."""
+    if "daemon.log" in sys.modules and sys.modules["daemon.log"].is_configured():
+        return bool(sys.modules["daemon.log"].last_words(text))
+    typer.echo(text, nl=False, err=True)
+    return True
+
+
 def _fail(error: BaseException, code: int) -> NoReturn:
-    typer.echo(f"inspectord: {str(error) or 'interrupted'}", err=True)
+    _say(f"inspectord: {str(error) or 'interrupted'}\n")
     raise typer.Exit(code)

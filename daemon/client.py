@@ -83,8 +83,15 @@ def connected(
 def _check_access(endpoint: str) -> None:
     """Say at once what ZeroMQ would try again for ever."""
     path = Path(endpoint.removeprefix("ipc://"))
-    if endpoint.startswith("ipc://") and path.exists() and not os.access(path, os.W_OK):
-        raise RequestFailed(f"no right to use {path}: be root, or a member of the group {path.group()}")
+    if not endpoint.startswith("ipc://"):
+        return
+    try:
+        if not path.exists() or os.access(path, os.W_OK):
+            return
+        group = path.group()
+    except (PermissionError, KeyError):  # of a folder above it, or of a group without a name
+        group = "that it belongs to"
+    raise RequestFailed(f"no right to use {path}: be root, or a member of the group {group}")
 
 
 class Subscription:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from daemon.acquisition import Line
-from daemon.archive import Archive, CaptureRunning, Taken
+from daemon.archive import Archive, Taken
 from daemon.events import EventKind, Events
 from daemon.journal import Journal, Query, read_journal
 from daemon.ledger import Entry, Ticket
@@ -145,15 +145,16 @@ class Commands:
         return answer
 
     def _capture(self, command: Capture) -> Answer:
+        replaced = self._archive.capture_progress
+        if replaced is not None and replaced["taken"] == replaced["wanted"]:
+            replaced = None
         try:
             folder = self._archive.capture(command.count, command.name)
-        except CaptureRunning as error:
-            raise Refused(f"another capture is under way: {error}") from error
         except FileExistsError as error:
             raise Refused(f"there is a capture {command.name!r} already; choose another name") from error
         except OSError as error:
             raise Refused(str(error)) from error
-        return Answer({"folder": str(folder), "wanted": command.count})
+        return Answer({"folder": str(folder), "wanted": command.count, "replaced": replaced})
 
     def _say(self, what: str) -> None:
         self._station.events.say(EventKind.CONTROL, f"{what} by command", level="info")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-import cv2
 from pydantic import AfterValidator, ConfigDict, Field, field_validator
 
 from daemon.addresses import Addresses, Section, load
@@ -120,8 +119,6 @@ class StationConfig(Addresses):
 
     def make_engine(self, bundle: Bundle) -> EngineChoice:
         """Make the engine that this station is to judge with. Raises EngineUnavailable."""
-        if self.threads is not None:
-            cv2.setNumThreads(self.threads)  # preprocessing, too, leaves the other cores to others
         return make_engine(bundle, self.device, self.threads, self.precision, pin_threads=self.pin_threads)
 
 

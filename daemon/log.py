@@ -45,10 +45,10 @@ class _Unbreakable(io.TextIOBase):
     def flush(self) -> None:
         """Do nothing: another thread writes."""
 
-    def drain(self) -> None:
-        """Wait a moment for what was logged last, at the end of the process."""
+    def drain(self) -> bool:
+        """Wait a moment for what was logged last, at the end of the process; False where nobody reads it."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._waiting or self._busy), _LAST_WORDS_S)
+            return self._changed.wait_for(lambda: not (self._waiting or self._busy), _LAST_WORDS_S)
 
     def _copy(self) -> None:
         while True:
@@ -69,13 +69,19 @@ class _Unbreakable(io.TextIOBase):
 _outputs: list[_Unbreakable] = []
 
 
-def drain_log() -> None:
-    """Let what was logged last be written; called at the end of the process."""
+def is_configured() -> bool:
+    """Tell whether standard error belongs to the log."""
+    return bool(_outputs)
+
+
+def last_words(text: str = "") -> bool:
+    """Say something at the end of the process, after what was logged; False where nobody reads it."""
     for output in _outputs:
-        output.drain()
+        output.write(text)
+    return all(output.drain() for output in _outputs)
 
 
-atexit.register(drain_log)
+atexit.register(last_words)
 
 
 def configure_logging(level: str = "info", log_format: Literal["auto", "json", "console"] = "auto") -> None:

@@ -10,6 +10,8 @@ from daemon.events import EventKind, Events
 from daemon.supervision import Call
 from drivers.camera import CameraError
 
+_GAP_S = 0.01
+"""Between two pulses at least: longer than a PLC's input filter."""
 _TOO_OLD_NS = 100_000_000
 """A pulse that could not be given for so long would pass another part than its own."""
 
@@ -63,6 +65,7 @@ class Passing:
                 return
             try:
                 self._give(*waiting)
+                time.sleep(_GAP_S)
             finally:
                 with self._changed:
                     self._busy = False

@@ -74,7 +74,7 @@ def photograph(
         camera.open()
         last, due_s = number + count, time.monotonic()
         while number < last:
-            if camera.fires is not Fires.ITSELF:
+            if not (camera.live and camera.fires is Fires.ITSELF):
                 time.sleep(max(0.0, due_s - time.monotonic()))
             try:
                 frame = next_frame(camera, wait_s)

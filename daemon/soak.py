@@ -241,6 +241,7 @@ class SoakLine:
 
     def close(self) -> None:
         """Kill what still runs and disconnect."""
+        self.result.duration_s = self.result.duration_s or time.monotonic() - self._began_s
         if self.process is not None:
             if self.process.poll() is None:
                 self.process.kill()

@@ -18,8 +18,16 @@ from daemon.replies import MAX_REQUEST_BYTES
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 _LINGER_MS = 2000
-_HEARTBEAT_MS, _GONE_AFTER_MS = 1000, 3000
-"""A client whose network fell silent is let go, with what was kept for it."""
+_KEEPALIVE = {
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 10,
+    zmq.TCP_KEEPALIVE_INTVL: 5,
+    zmq.TCP_KEEPALIVE_CNT: 4,
+}
+"""A client whose network fell silent is let go after 30 s, with what was kept for it.
+
+ZeroMQ's heartbeats would take one that reads slowly for silent.
+"""
 _FREE_AGAIN_S = 0.5
 _SOCKET_MODE = 0o660
 """Of ipc sockets: for the service's own user and group."""
@@ -79,8 +87,8 @@ def _bind(socket: Socket, wanted: Bound, security: Security) -> None:
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)  # of requests and of subscriptions
     socket.setsockopt(zmq.IPV6, any("[" in endpoint for endpoint in wanted.endpoints))
-    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _GONE_AFTER_MS)
+    for option, value in _KEEPALIVE.items():
+        socket.setsockopt(option, value)
     for endpoint in wanted.endpoints:
         path = _ipc_path(endpoint)
         security.protect(socket, wanted.right, encrypted=path is None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import queue
 import secrets
 import threading
@@ -14,6 +15,7 @@ from concurrent.futures import CancelledError, wait
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import structlog
 import zmq
 
@@ -53,6 +55,7 @@ _CONTROL_ITEMS = 8
 _ENGINE_BUILT_WITHIN_S = 180.0
 """Loading and warming up; what takes longer hangs, and only a new process helps."""
 _NO_ENGINE_IN_TIME = f"the engine could not be made within {_ENGINE_BUILT_WITHIN_S:g} s"
+_NO_ANSWER = "the camera's driver does not answer"
 _LOOK_UP_S = 0.1
 _OWN_SOCKETS = ("publisher", "server", "replay")
 _TEARDOWN_S = 5.0
@@ -245,6 +248,10 @@ class Station:
         inspector.warm_up()
         return inspector
 
+    def _limit_threads(self) -> None:
+        """Leave other cores to others in preprocessing, too."""
+        cv2.setNumThreads(self._config.threads or len(os.sched_getaffinity(0)))
+
     # Starting
 
     def _start(self, sequences: SequenceFile) -> bool:
@@ -265,6 +272,7 @@ class Station:
             serving.ready.result()
         if self._camera.signals_pass:
             self._begin_simple("passing", self._passing.run)
+        self._limit_threads()
         self._begin_engine()
         if not self._await_engine():
             return False
@@ -412,9 +420,10 @@ class Station:
             self._drain()
             raise StationFailed("the camera's driver did not return; it was abandoned with its device")
 
-    def _drain(self) -> None:
-        """Let what was grabbed be judged and published."""
-        self._line.end("the camera's driver does not answer")
+    def _drain(self, why: str = _NO_ANSWER) -> None:
+        """Let what was grabbed be judged and published; nothing more is numbered."""
+        self._abandon_acquisition(why)
+        self._line.end(why)
         self._workers["publisher"].join(_TEARDOWN_S)
 
     def _watch(self, name: str, work: Callable[[], None]) -> None:
@@ -464,7 +473,7 @@ class Station:
         self._hangs[name] += 1
         self._stuck = [worker for worker in self._stuck if worker.is_alive()] + [self._workers[name]]
         if self._hangs[name] >= _HANGS or len(self._stuck) >= _HANGS:
-            self._drain()
+            self._drain(str(failure))
             raise StationFailed(
                 f"{failure}, {self._hangs[name]} times without work in between; {len(self._stuck)} threads stuck"
             )
@@ -473,9 +482,8 @@ class Station:
         self._camera = self._camera_for(self._config)
         self._begin_acquisition(after_hang=after_hang)
 
-    def _abandon_acquisition(self) -> None:
+    def _abandon_acquisition(self, why: str = _NO_ANSWER) -> None:
         """Take the present generation's right to number; a trigger without a frame gets its verdict."""
-        why = "the camera's driver does not answer"
         self._ledger.revoke(self._acquisition.ticket)
         entry = self._acquisition.waiting_entry
         if entry is not None:
@@ -600,6 +608,7 @@ class Station:
             if swap.done.cancel():  # else the engine has just taken it
                 raise ReloadRefused("the engine does not take the new model now; try again") from error
         self._config, self._bundle = config, bundle
+        self._limit_threads()
         if camera is not None:  # else the one of an earlier reload may still wait to be taken
             self._new_camera = camera
         if self._security.install(clients):

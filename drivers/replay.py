@@ -122,14 +122,15 @@ def described_format(path: Path) -> PixelFormat | None:
     description = path.with_suffix(".json")
     if not description.is_file():
         return None
+    text = description.read_bytes()
+    if IMAGE_SCHEMA.encode() not in text:
+        return None  # somebody else's file
     try:
-        described = json.loads(description.read_bytes())
-        if not isinstance(described, dict) or described.get("schema") != IMAGE_SCHEMA:
-            return None  # somebody else's file
+        described = json.loads(text)
         if described["file"] != path.name:
             return None
         stated = PixelFormat(described["pixel_format"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{description.name} beside it is damaged: {error}") from error
     return PixelFormat.BGR8 if stated is PixelFormat.RGB8 else stated  # OpenCV decodes to B, G, R
 

@@ -237,3 +237,20 @@ def test_a_log_that_nobody_reads_stops_nobody_and_says_what_was_dropped():
     assert numbers[0] == 0
     assert len(numbers) < 5000
     assert any("pieces of the log were dropped" in line for line in said)
+
+
+def test_a_daemon_whose_log_nobody_reads_can_end_with_an_error():
+    code = (
+        "import structlog; from daemon.log import configure_logging; configure_logging()\n"
+        "from daemon.cli_errors import clear_errors, leaving_at_the_end\n"
+        "from daemon.client import RequestFailed\n"
+        "for number in range(1000): structlog.get_logger().info('x' * 200)\n"
+        "with leaving_at_the_end(), clear_errors(): raise RequestFailed('the last words')\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+        assert process.wait(60) == 1, "with its standard error full"
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("1000", "3")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "inspectord: the last words" in done.stderr.splitlines()

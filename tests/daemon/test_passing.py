@@ -8,6 +8,7 @@ import structlog
 from daemon.events import Events, Outbox
 from daemon.passing import Passing
 from drivers.camera import CameraLost
+from tests.daemon.test_journal import wait_for
 
 
 @pytest.fixture
@@ -44,12 +45,10 @@ def test_a_part_whose_pulse_would_meet_the_one_before_it_gets_none_and_that_is_s
     passing.passed(3, late=True)
     assert said() == [(2, "the pulse before it is not over"), (3, "the verdict was late")]
     may_end.release()
-    while passing._busy:
-        pass
+    wait_for(lambda: not passing._busy)
     passing.passed(4, late=False)
     may_end.release()
-    while passing._busy:
-        pass
+    wait_for(lambda: not passing._busy)
     assert len(given) == 2, "parts 1 and 4"
     passing.end()
     passing.passed(5, late=False)
@@ -68,7 +67,6 @@ def test_a_pulse_that_the_camera_refuses_is_said_and_the_next_is_given(line):
     passing = make(pulse)
     for number in (1, 2):
         passing.passed(number, late=False)
-        while passing._busy:
-            pass
+        wait_for(lambda: not passing._busy)
     assert said() == [(1, "away")]
     assert answers == []

@@ -72,7 +72,7 @@ def test_formats_of_kept_images_come_from_their_descriptions(tmp_path):
     keep("b", "Mono12", picture(3000, dtype=np.uint16))
     keep("c", "RGB8", colours)
     cv2.imwrite(str(tmp_path / "d.png"), picture())
-    (tmp_path / "d.json").write_text('{"shapes": []}')  # another program's
+    (tmp_path / "d.json").write_text('{"shapes": []}\n{"more": "lines"}')  # another program's
     cv2.imwrite(str(tmp_path / "e.png"), picture())
     (tmp_path / "e.json").write_text('{"schema": "inspectord.image/1", "file": "e.png", "pixel_format": "Mono9"}')
     *whole, damaged = play(tmp_path)

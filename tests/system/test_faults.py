@@ -29,6 +29,7 @@ from drivers.camera import CameraInfo, CameraLost, Fires
 from drivers.synthetic import SyntheticCamera, SyntheticOptions
 from pipeline.engine_cpu import CpuEngine
 from pipeline.engines import EngineChoice
+from tests.daemon.test_journal import wait_for
 from tests.system.line import free_port
 from tests.system.test_run import SYNTHETIC
 
@@ -504,8 +505,7 @@ def test_a_frame_that_finds_no_memory_gets_its_verdict(tiny_bundle, tmp_path, mo
     station = Station(config, camera_for=lambda settings: Unending(settings.camera))
 
     def stop():
-        while station.tally.totals().seen < 10:
-            pass
+        wait_for(lambda: station.tally.totals().seen >= 10)
         station.stop()
 
     threading.Thread(target=stop, daemon=True).start()
@@ -518,21 +518,20 @@ def test_a_frame_that_finds_no_memory_gets_its_verdict(tiny_bundle, tmp_path, mo
 
 
 def test_a_daemon_that_is_stopped_while_it_loads_ends_at_once(tiny_bundle, tmp_path):
-    let_go, opened = threading.Event(), []
+    let_go, made = threading.Event(), []
 
     def engine(_config, bundle):
         station.stop()
-        let_go.wait(120)
+        assert let_go.wait(120)
+        made.append(bundle)
         return EngineChoice(CpuEngine(bundle.model, 1), "test")
 
-    def camera(settings):
-        opened.append(settings)
-        return Unending(settings.camera)
-
-    station = Station(unheard("loading", tiny_bundle, tmp_path), engine_for=engine, camera_for=camera)
+    station = Station(unheard("loading", tiny_bundle, tmp_path), engine_for=engine)
     summary = station.run()
+    assert made == [], "nobody waited for it"
     let_go.set()
     assert summary.totals.seen == 0
+    assert "acquisition" not in station._workers
 
 
 _LEFT = """
