@@ -22,7 +22,7 @@ from calibrate.teacher import find_teacher
 from calibrate.train import Listener, TrainingError, TrainingStopped, train
 from calibrate.trainer import Trainer
 from drivers.frame import PixelFormat
-from drivers.replay import decode_image, list_images
+from drivers.replay import decode_image, list_images, read_image
 from pipeline.bundle import read_bundle
 from pipeline.geometry import Geometry
 from pipeline.preprocess import Preprocessor, PreprocessSpec
@@ -438,11 +438,15 @@ def test_cached_features_change_nothing(options, tmp_path):
 def test_images_that_fit_into_memory_are_decoded_once(options, monkeypatch):
     decoded: list[str] = []
 
-    def counting(path):
-        decoded.append(path.name)
-        return decode_image(path)
+    def counting(read):
+        def counted(path, *declared):
+            decoded.append(path.name)
+            return read(path, *declared)
 
-    monkeypatch.setattr(dataset, "decode_image", counting)
+        return counted
+
+    for read in (decode_image, read_image):
+        monkeypatch.setattr(dataset, read.__name__, counting(read))
     images = {path.name for path in options.dataset.iterdir()}
     train(replace(options, steps=12))
     assert sorted(decoded) == sorted(images)
