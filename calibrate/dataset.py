@@ -158,11 +158,12 @@ class ImageCache:
         """
         pixel_format = format_of(image, self._pixel_format or described_format(file.path))
         spec = self._preprocess.spec
-        correction_for(spec, pixel_format, spec.area(image.shape[1], image.shape[0]))
         if self.room_bytes >= 12 * spec.width * spec.height:
             prepared = self._preprocess(image, pixel_format)
             self._prepared[file.path] = prepared
             self.room_bytes -= prepared.nbytes
+        else:
+            correction_for(spec, pixel_format, spec.area(image.shape[1], image.shape[0]))
         return pixel_format
 
     def prepared(self, file: ImageFile) -> Prepared:

@@ -12,7 +12,7 @@ import numpy as np
 
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.replay import IMAGE_SCHEMA
-from pipeline.preprocess import demosaic
+from pipeline.overlay import to_bgr
 from pipeline.scoring import FloatMap
 
 ImageFormat = Literal["png", "jpeg"]
@@ -27,12 +27,10 @@ def encode_image(image: Image, fmt: PixelFormat, wanted: ImageFormat) -> tuple[b
     colours out of Bayer patterns first, and the upper eight bits of longer words.
     """
     if wanted == "jpeg":
-        if fmt.bits > 8:
-            image = np.asarray(image >> (fmt.bits - 8), np.uint8)
         if fmt.bayer:
-            image, fmt = demosaic(image, fmt.bayer)[..., ::-1], PixelFormat.BGR8
+            image, fmt = to_bgr(image, fmt), PixelFormat.BGR8
         elif fmt.bits > 8:
-            fmt = PixelFormat.MONO8
+            image, fmt = np.asarray(image >> (fmt.bits - 8), np.uint8), PixelFormat.MONO8
     pixels = image[..., ::-1] if fmt.colour_order == "RGB" else image  # OpenCV writes B, G, R
     options = [cv2.IMWRITE_PNG_COMPRESSION, _PNG_COMPRESSION]
     if wanted == "jpeg":

@@ -416,7 +416,6 @@ class Station:
         if now_s > self._stop_by_s and grabber.is_alive() and self._acquisition.call.hangs(_GRABBER_STOPS_S):
             # A vendor call hangs. What it has grabbed is still judged and published, without it.
             self._log.error("acquisition does not end; it is abandoned")
-            self._abandon_acquisition()
             self._drain()
             raise StationFailed("the camera's driver did not return; it was abandoned with its device")
 
@@ -468,7 +467,7 @@ class Station:
             raise StationFailed(f"the acquisition thread failed: {grabber.failure}") from grabber.failure
         self._start_later("acquisition", grabber.failure, lambda: self._grab_anew(after_hang=False))
 
-    def _hung(self, name: str, failure: TimeoutError) -> None:
+    def _hung(self, name: str, failure: BaseException) -> None:
         """Count a thread that was abandoned. Raises StationFailed when only a new process can help."""
         self._hangs[name] += 1
         self._stuck = [worker for worker in self._stuck if worker.is_alive()] + [self._workers[name]]
@@ -520,7 +519,7 @@ class Station:
                 self._ring.replace()
             else:
                 self._ring.give_back(slot)
-        if isinstance(failure, TimeoutError) and hung:
+        if hung:
             self._hung("engine", failure)
         self._start_later("engine", failure, self._begin_engine)
 

@@ -85,8 +85,8 @@ class Inspector:
         self.engine = engine
         self.threshold = bundle.threshold if threshold is None else threshold
         self._check = PlausibilityCheck(limits or PlausibleLimits())
-        trained = [PixelFormat(name) for name in bundle.training.get("pixel_formats", ())]
-        self._trained = frozenset(trained)
+        self._trained = frozenset(PixelFormat(name) for name in bundle.training.get("pixel_formats", ()))
+        self._unfit = frozenset(fmt for fmt in PixelFormat if self._is_unfit(fmt))
         self._scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
 
     def warm_up(self) -> None:
@@ -153,21 +153,24 @@ class Inspector:
         )
 
     def _check_format(self, fmt: PixelFormat) -> None:
-        """Refuse plausible nonsense: 12 bits called 16, four bits too dark, and Bayer patterns called grey.
+        if fmt in self._unfit:
+            names = ", ".join(sorted(trained.value for trained in self._trained))
+            raise FormatMismatch(f"the bundle was trained on {names}, this is {fmt.value}; set pixel_format")
+
+    def _is_unfit(self, fmt: PixelFormat) -> bool:
+        """Find plausible nonsense: 12 bits called 16, four bits too dark, and Bayer patterns called grey.
 
         Colours that were taken out of a Bayer pattern before training are no such thing.
         """
         if not self._trained:
-            return
+            return False
         longer = {trained.bits for trained in self._trained if trained.bits > 8}
-        wrong_bits = fmt.bits > 8 and longer and fmt.bits not in longer
+        wrong_bits = fmt.bits > 8 and bool(longer) and fmt.bits not in longer
         if fmt.bayer:
             wrong_pattern = all(not trained.bayer and trained.channels == 1 for trained in self._trained)
         else:
             wrong_pattern = fmt.channels == 1 and all(trained.bayer for trained in self._trained)
-        if wrong_bits or wrong_pattern:
-            names = ", ".join(sorted(trained.value for trained in self._trained))
-            raise FormatMismatch(f"the bundle was trained on {names}, this is {fmt.value}; set pixel_format")
+        return wrong_bits or wrong_pattern
 
 
 def judge(score: float, threshold: float) -> Outcome:
