@@ -185,6 +185,7 @@ class Acquisition:
                 if not self.ticket.revoked:
                     line.state = replace(line.state, connected=False)
                 with self._driver():
+                    line.ring.return_loans()
                     self.camera.close()
             if failed:
                 self._pause()
@@ -203,7 +204,7 @@ class Acquisition:
     def _open(self) -> None:
         with self._driver():
             info = self.camera.open()
-        self._line.ring.reserve(info.frame_bytes)
+        self._line.ring.reserve(info.frame_bytes, info.lends)
         state = self._line.state
         again = state.source is not None and state.error is not None  # not after a pause or a reload
         self._line.state = CameraState(connected=True, source=info.source, reopened=state.reopened + again)
@@ -232,6 +233,7 @@ class Acquisition:
 
     def _grab(self) -> list[Frame]:
         with self._driver():
+            self._line.ring.return_loans()
             return self.camera.grab(GRAB_TIMEOUT_S)
 
     def _trigger_one(self) -> None:
@@ -300,7 +302,7 @@ class Acquisition:
             slot = self._lease()
             if slot is not None:
                 try:
-                    frame.image = slot.store(frame.image)
+                    line.ring.keep(slot, frame)
                 except BaseException:
                     line.ring.give_back(slot)
                     raise
@@ -308,6 +310,7 @@ class Acquisition:
                 line.send(Grabbed(entry, slot))
                 return
             frame.image = None
+            line.ring.pass_over(frame)
             if self._wait_when_full():
                 frame.status, frame.detail = FrameStatus.CAMERA, "the line is stopping"
             else:

@@ -31,7 +31,7 @@ from daemon.log import configure_logging
 from daemon.ports import free_ports
 from daemon.station import Station
 from daemon.tally import spread
-from drivers.camera import Camera, CameraInfo, CameraLost, Fires
+from drivers.camera import Camera, CameraInfo, CameraLost, Fires, nothing_to_give_back
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
@@ -46,6 +46,8 @@ from pipeline.machine import describe_machine
 
 STATION = "bench"
 _DIFFERENT_PARTS = 16
+_PLAYED_AT_ONCE = 4
+"""As many frames as pylon's cameras lend."""
 _STARTS_WITHIN_S = 60.0
 _SILENT_S = 60.0
 _LOOKS = 10
@@ -73,7 +75,9 @@ class Playback:
     def open(self) -> CameraInfo:
         """Describe the parts."""
         options = self._options
-        return CameraInfo("playback", "playback", options.width, options.height, options.pixel_format)
+        return CameraInfo(
+            "playback", "playback", options.width, options.height, options.pixel_format, _PLAYED_AT_ONCE
+        )
 
     def ready(self, timeout_s: float) -> bool:
         """Never asked."""
@@ -89,7 +93,15 @@ class Playback:
             return []
         image = self._parts[self._count % _DIFFERENT_PARTS]
         self._count += 1
-        return [Frame(FrameStatus.COMPLETE, "playback", image=image, pixel_format=self._options.pixel_format)]
+        return [
+            Frame(
+                FrameStatus.COMPLETE,
+                "playback",
+                image=image,
+                pixel_format=self._options.pixel_format,
+                give_back=nothing_to_give_back,
+            )
+        ]
 
     def signal_pass(self) -> None:
         """Never asked."""

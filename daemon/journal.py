@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from daemon.events import EventKind, Events
 
@@ -58,17 +59,18 @@ class Record:
     body: bytes
     """The verdict as published; replaced when it had to go out without waiting."""
     submitted_ns: int = field(default_factory=time.monotonic_ns)
-    _settled: threading.Event = field(default_factory=threading.Event)
-    _written: bool = False
+    _answers: SimpleQueue[bool] = field(default_factory=SimpleQueue)
 
     def settle(self, written: bool) -> None:
         """Say whether it is in the journal."""
-        self._written = written
-        self._settled.set()
+        self._answers.put(written)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until it is known to be in the journal; False when it is not, or not yet."""
-        return self._settled.wait(max(0.0, timeout_s)) and self._written
+        """Wait until it is known to be in the journal; False when it is not, or not yet. Asked once."""
+        try:
+            return self._answers.get(timeout=max(0.0, timeout_s))
+        except Empty:
+            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ class Journal:
     def _write(self, connection: sqlite3.Connection, batch: list[Record]) -> None:
         if not batch:
             return
-        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("BEGIN IMMEDIATE")  # a body may be replaced while this waits
         connection.executemany(
             # A number that repeats under another boot (after a power cut) is another part.
             "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sequence) DO UPDATE SET "

@@ -101,6 +101,8 @@ class Ledger:
         self._open: deque[Entry] = deque()
         self._changed = threading.Condition()
         self._ended = False
+        self._publisher_wakes_ns = 0
+        """Until when the publisher sleeps if nobody wakes it."""
         self.judged_by = JudgedBy("", "", 0.0, None, "", {})
         """What judges now; entries that no engine saw carry it too."""
 
@@ -113,7 +115,8 @@ class Ledger:
             frame.sequence = self._sequences.next()
             entry = self._append(frame, self._deadline_ms())
             entry.trigger, entry.part = trigger, part
-            self._wake_publisher(entry)  # it has a deadline to look at
+            if entry.due_ns is not None and entry.due_ns < self._publisher_wakes_ns:
+                self._wake_publisher(entry)
             return entry
 
     def fill(self, entry: Entry, frame: Frame) -> bool:
@@ -178,6 +181,7 @@ class Ledger:
                         return found
                 if now_ns >= until_ns or (self._ended and not self._open):
                     return []
+                self._publisher_wakes_ns = wake_ns
                 self._changed.wait((wake_ns - now_ns) / 1e9)
 
     def done(self, entry: Entry, latency_us: tuple[int, ...] | None) -> None:

@@ -174,7 +174,7 @@ def rfc3339(wall_ns: int) -> str:
     """Write a wall-clock time as RFC 3339 in UTC with microseconds."""
     seconds, ns = divmod(wall_ns, 1_000_000_000)
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{ns // 1000:06d}Z"
+    return f"{moment.isoformat()[:19]}.{ns // 1000:06d}Z"
 
 
 def frame_message(frame: Frame) -> FrameMessage:

@@ -9,23 +9,27 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from drivers.frame import Image
+from drivers.frame import Frame, Image
 
 Memory = NDArray[np.uint8]
+Allocate = Callable[[int], Memory]
+Return = Callable[[], None]
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
     """Memory for one frame; it grows to the largest frame it has seen and is then reused as it is."""
 
-    allocate: Callable[[int], Memory]
-    """Gives so many bytes."""
+    allocate: Allocate | None = None
+    """Gives so many bytes; None: any memory will do."""
     memory: Memory = field(default_factory=lambda: np.empty(0, np.uint8))
+    loan: Return | None = None
+    """Ends the driver's loan of a frame that stayed where it was."""
 
     def reserve(self, size: int) -> None:
         """Have room for a frame of so many bytes."""
         if self.memory.nbytes < size:
-            self.memory = self.allocate(size)
+            self.memory = np.empty(size, np.uint8) if self.allocate is None else self.allocate(size)
 
     def store(self, image: Image) -> Image:
         """Copy an image in and return the view of the copy."""
@@ -36,13 +40,28 @@ class Slot:
 
 
 class FrameRing:
-    """A fixed number of slots, leased by acquisition and given back once their frame is judged."""
+    """A fixed number of slots, leased by acquisition and given back once their frame is judged.
 
-    def __init__(self, slots: int, allocate: Callable[[int], Memory]) -> None:
-        """Prepare; `allocate` gives a slot so many bytes when its first frame comes, or a larger one."""
+    A frame whose memory the driver lends stays where it is; acquisition returns it, in the driver's own thread.
+    """
+
+    def __init__(self, slots: int, allocate: Allocate | None) -> None:
+        """Prepare.
+
+        Args:
+            slots: how many.
+            allocate: gives a slot so many bytes when its first frame comes, or a larger one; None: any memory
+                will do, the driver's own, too.
+        """
         self._allocate = allocate
         self._free = [Slot(allocate) for _ in range(slots)]
         self._changed = threading.Condition()
+        self._lends = 0
+        self._borrowing: set[Slot] = set()
+        self._ended: list[Return] = []
+        """Loans that are over; the driver's own thread says so to the driver."""
+        self._abandoned: list[Return] = []
+        """Never said: that could hang as the driver does."""
 
     def lease(self, timeout_s: float) -> Slot | None:
         """Take a free slot, waiting up to `timeout_s`; None when all stay taken."""
@@ -51,17 +70,56 @@ class FrameRing:
                 return None
             return self._free.pop()
 
-    def reserve(self, size: int) -> None:
-        """Have room in all free slots for frames of so many bytes, before the first one comes."""
+    def reserve(self, size: int, lends: int) -> None:
+        """Make ready for a camera: room in all free slots for frames of so many bytes, and how many it lends."""
         with self._changed:
+            self._lends = lends if self._allocate is None else 0
             for slot in self._free:
                 slot.reserve(size)
+
+    def keep(self, slot: Slot, frame: Frame) -> None:
+        """Have the frame's image stay as it is while the slot is leased: lent by the driver, or copied."""
+        if frame.image is None:
+            raise AssertionError("a frame without an image needs no slot")
+        with self._changed:
+            if frame.give_back is not None and len(self._borrowing) < self._lends:
+                self._borrowing.add(slot)
+                slot.loan, frame.give_back = frame.give_back, None
+                return
+        frame.image = slot.store(frame.image)
+        self.pass_over(frame)
+
+    def pass_over(self, frame: Frame) -> None:
+        """Return what the driver lent for a frame that needs it no more."""
+        if frame.give_back is not None:
+            with self._changed:
+                self._ended.append(frame.give_back)
+            frame.give_back = None
 
     def give_back(self, slot: Slot) -> None:
         """Return a slot; its memory may be overwritten from now on."""
         with self._changed:
+            if slot.loan is not None:
+                self._ended.append(slot.loan)
+                slot.loan = None
+                self._borrowing.discard(slot)
             self._free.append(slot)
             self._changed.notify()
+
+    def return_loans(self) -> None:
+        """Let the driver have back what is needed no more; for the thread that grabs."""
+        with self._changed:
+            ended, self._ended = self._ended, []
+        for give_back in ended:
+            give_back()
+
+    def abandon_loans(self) -> None:
+        """Keep for ever what a driver lent that does not answer."""
+        with self._changed:
+            self._abandoned += self._ended + [slot.loan for slot in self._borrowing if slot.loan is not None]
+            for slot in self._borrowing:
+                slot.loan = None
+            self._ended, self._borrowing = [], set()
 
     def replace(self) -> None:
         """Add a slot for one that whoever leased it will never let go."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import queue
@@ -282,6 +283,9 @@ class Station:
         for sequence in left:
             self._ledger.restore(sequence)
         self._line.triggers.open()
+        # What is there now stays; looking through torch's half a million objects would hold a verdict up.
+        gc.collect()
+        gc.freeze()
         self._begin_acquisition(after_hang=False)
         self._notifier.send("READY=1")
         self._log.info(
@@ -484,6 +488,7 @@ class Station:
     def _abandon_acquisition(self, why: str = _NO_ANSWER) -> None:
         """Take the present generation's right to number; a trigger without a frame gets its verdict."""
         self._ledger.revoke(self._acquisition.ticket)
+        self._ring.abandon_loans()
         entry = self._acquisition.waiting_entry
         if entry is not None:
             self._ledger.settle(entry, Inspection(Outcome.INVALID, Reason.CAMERA, why))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar, Protocol
@@ -48,6 +49,8 @@ class CameraInfo:
     """Pixels; None where frames vary in size."""
     pixel_format: PixelFormat | None = None
     """None where frames vary in format."""
+    lends: int = 0
+    """Frames whose memory it can do without at one time; they have `give_back`."""
 
     @property
     def frame_bytes(self) -> int:
@@ -69,6 +72,14 @@ class Fires(Enum):
     """We do, when somebody asks for it."""
 
 
+NEW_IMAGES = sys.maxsize
+"""`CameraInfo.lends` of a source that makes each image anew."""
+
+
+def nothing_to_give_back() -> None:
+    """Do nothing: `Frame.give_back` of an image that was made for its frame."""
+
+
 class Camera(Protocol):
     """One camera or one simulated source. Used by a single thread; reopened after `close`."""
 
@@ -87,7 +98,8 @@ class Camera(Protocol):
         """Wait up to `timeout_s` for the next frames, in the order of their exposure.
 
         Returns an empty list when nothing came, one frame as a rule, and more where the camera's
-        counter shows that frames were lost before this one. Images stay valid until the next call.
+        counter shows that frames were lost before this one. Images stay valid until the next call,
+        those with `give_back` until that is called.
         Raises CameraLost when the camera must be reopened and EndOfStream after the last frame.
         """
         ...

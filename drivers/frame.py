@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -106,7 +107,10 @@ class Frame:
     source: str
     """File name, or the camera's serial number."""
     image: Image | None = None
-    """(height, width) or (height, width, 3) in `pixel_format`; valid until the driver's next grab."""
+    """(height, width) or (height, width, 3) in `pixel_format`; valid until the driver's next grab.
+
+    Where there is `give_back`: until that is called, or the frame is gone.
+    """
     pixel_format: PixelFormat | None = None
     device_id: int | None = None
     """The camera's own counter."""
@@ -120,5 +124,7 @@ class Frame:
     """Host wall clock (UTC, Unix epoch) at the grab."""
     grabbed_ns: int = 0
     """Host monotonic clock when the frame lay in its ring slot; 0 before that."""
+    give_back: Callable[[], None] | None = None
+    """Lets the driver have the image's memory again; called by the thread that grabs."""
     sequence: int = 0
     """The station's number, from 1 and gapless; 0 until the station has numbered it."""

@@ -21,7 +21,9 @@ from drivers.pylon_output import PassLine, PassOutput
 _SILENCE_BEFORE_PROBE_S = 2.0
 _FAILED_GRABS_BEFORE_REOPEN = 10
 _BUFFERS = 8
-"""Transport buffers that pylon fills while our thread copies; the station's ring is the queue."""
+"""Transport buffers that pylon fills; the station's ring is the queue."""
+_LENT_BUFFERS = 4
+"""More, for frames that are judged where they lie: one in the engine, the one before it, two that wait."""
 
 
 class PylonOptions(Options):
@@ -98,7 +100,6 @@ class PylonCamera:
         self._heard_s = 0.0
         self._count = 0
         self._lost_because: str | None = None
-        self._held: Any = None
         self._device_class = ""
         self._tick_ns: int | Fraction = 1
         self._triggered_ns: int | None = None
@@ -135,7 +136,7 @@ class PylonCamera:
         self._heard_s = time.monotonic()
         if options.pass_output is not None:
             self._pass_line = PassLine(camera, options.pass_output)
-        camera.MaxNumBuffer.Value = _BUFFERS
+        camera.MaxNumBuffer.Value = _BUFFERS + _LENT_BUFFERS
         self._start_grabbing()
         return CameraInfo(
             self._source,
@@ -143,6 +144,7 @@ class PylonCamera:
             camera.Width.Value,
             camera.Height.Value,
             self._pixel_format,
+            lends=_LENT_BUFFERS,
         )
 
     def _find(self) -> Any:
@@ -274,7 +276,6 @@ class PylonCamera:
     def grab(self, timeout_s: float) -> list[Frame]:
         """Wait for the next frame; after `fire`, report the trigger that brought none in time."""
         self._check_usable()
-        self._release()
         with self._lost():
             frames = self._retrieve(self._shortened(timeout_s))
         if not frames and self._trigger_left_s() <= 0:
@@ -333,7 +334,6 @@ class PylonCamera:
             return []
         arrived_ns = time.monotonic_ns()
         self._heard_s = time.monotonic()
-        self._held = result
         block_id = int(result.BlockID)
         device_id = None if block_id == INVALID_ID else block_id
         frames = [
@@ -349,7 +349,7 @@ class PylonCamera:
             return frames
         self._failed_in_a_row = 0
         shape = (result.Height, result.Width) + ((3,) if self._pixel_format.channels == 3 else ())
-        # A view without a copy: `_held` keeps pylon from reusing the buffer until the next grab.
+        # A view without a copy: the result keeps pylon from using the buffer again, even after the camera's end.
         samples = np.frombuffer(result.GetMemoryView(), self._pixel_format.dtype)
         if samples.size != np.prod(shape):
             problem = f"{samples.size} samples do not fill {shape} {self._pixel_format.value}"
@@ -364,6 +364,7 @@ class PylonCamera:
                 device_id=device_id,
                 device_timestamp_ns=int(result.TimeStamp * self._tick_ns) or None,
                 arrived_ns=arrived_ns,
+                give_back=result.Release,
             )
         )
         return frames
@@ -378,11 +379,6 @@ class PylonCamera:
             raise CameraLost("the camera was removed or stopped grabbing")
         self._camera.Width.GetValue(True)  # verify: reads the device, not the cache
 
-    def _release(self) -> None:
-        if self._held is not None:
-            held, self._held = self._held, None
-            held.Release()
-
     def close(self) -> None:
         """Stop grabbing and close the device, whatever state it is in."""
         camera, self._camera = self._camera, None
@@ -390,7 +386,7 @@ class PylonCamera:
         if camera is None:
             return
         end_passing = [] if line is None else [line.close]
-        for step in (*end_passing, self._release, camera.StopGrabbing, camera.Close, camera.DestroyDevice):
+        for step in (*end_passing, camera.StopGrabbing, camera.Close, camera.DestroyDevice):
             # A device that is gone refuses each step of its own closing; the next steps still matter.
             with contextlib.suppress(self._genicam.GenericException):
                 step()

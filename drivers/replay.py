@@ -15,7 +15,15 @@ import numpy as np
 from natsort import natsorted, ns
 from pydantic import Field, field_validator
 
-from drivers.camera import CameraError, CameraInfo, EndOfStream, Fires, Options
+from drivers.camera import (
+    NEW_IMAGES,
+    CameraError,
+    CameraInfo,
+    EndOfStream,
+    Fires,
+    Options,
+    nothing_to_give_back,
+)
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 
@@ -174,14 +182,14 @@ class ReplayCamera:
                 raise CameraError(f"pixel_format: videos are decoded as BGR8, not {self._options.pixel_format}")
             if self._frames is None:
                 self._frames = self._play_video(path)
-            return CameraInfo(str(path), "video file")
+            return CameraInfo(str(path), "video file", lends=NEW_IMAGES)
         files = list_images(self._options.path)
         if not files:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise CameraError(f"{path.absolute()}: no images there (looked for {suffixes})")
         if self._frames is None:
             self._frames = self._play_files(files)
-        return CameraInfo(str(path), f"{len(files)} image files")
+        return CameraInfo(str(path), f"{len(files)} image files", lends=NEW_IMAGES)
 
     def grab(self, timeout_s: float) -> list[Frame]:
         """Read the next file when it is due; a file that cannot be read is a frame with that status."""
@@ -231,6 +239,7 @@ class ReplayCamera:
             pixel_format=pixel_format,
             device_id=index,
             arrived_ns=arrived_ns,
+            give_back=nothing_to_give_back,
         )
 
     def _play_video(self, path: Path) -> Iterator[Frame]:
@@ -252,6 +261,7 @@ class ReplayCamera:
                         device_id=index,
                         device_timestamp_ns=int(timestamp_ms * 1e6),
                         arrived_ns=arrived_ns,
+                        give_back=nothing_to_give_back,
                     )
                     index += 1
                 if index < promised:

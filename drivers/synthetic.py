@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from drivers.bayer import mosaic
-from drivers.camera import CameraInfo, CameraLost, EndOfStream, Fires, Options
+from drivers.camera import (
+    NEW_IMAGES,
+    CameraInfo,
+    CameraLost,
+    EndOfStream,
+    Fires,
+    Options,
+    nothing_to_give_back,
+)
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 
@@ -228,7 +236,7 @@ class SyntheticCamera:
     def open(self) -> CameraInfo:
         """Start the line where it stopped."""
         o = self._options
-        return CameraInfo(f"seed {o.seed}", "simulated line", o.width, o.height, o.pixel_format)
+        return CameraInfo(f"seed {o.seed}", "simulated line", o.width, o.height, o.pixel_format, NEW_IMAGES)
 
     def ready(self, timeout_s: float) -> bool:
         """Wait until the next part may come."""
@@ -264,6 +272,7 @@ class SyntheticCamera:
                 device_id=index,
                 device_timestamp_ns=arrived_ns,
                 arrived_ns=arrived_ns,
+                give_back=nothing_to_give_back,
             )
         ]
 

@@ -73,15 +73,15 @@ def engine_of(model: Model, precision: Precision) -> CalibratedEngine:
     return _engine(model, precision, precision == "fp16")
 
 
-def frame_memory(device: DeviceChoice) -> Callable[[int], NDArray[np.uint8]]:
-    """Return what allocates the memory that an engine takes frames from, so many bytes.
+def frame_memory(device: DeviceChoice) -> Callable[[int], NDArray[np.uint8]] | None:
+    """Return what allocates the memory that an engine takes frames from, so many bytes; None: any memory will do.
 
     Where frames go to a GPU it is page-locked: the copy then runs at the bus's speed and beside the processor.
 
     Raises EngineUnavailable.
     """
     if not resolve_device(device)[0]:
-        return lambda size: np.empty(size, np.uint8)
+        return None
     return lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
 
 

@@ -34,7 +34,8 @@ class PlausibilityCheck:
 
     def __init__(self, limits: PlausibleLimits) -> None:
         self._limits = limits
-        self._previous: Image | None = None
+        self._previous: tuple[Image, Image] | None = None
+        """The image before, and its sample."""
         self._identical = 1
 
     def problem(self, image: Image, fmt: PixelFormat) -> str | None:
@@ -45,13 +46,13 @@ class PlausibilityCheck:
             fmt: its pixel format.
         """
         limits = self._limits
-        same = limits.frozen_frames > 0 and self._repeats(image)
+        step = _step_px(image)
+        sample = image[::step, ::step].copy()
+        same = limits.frozen_frames > 0 and self._repeats(image, sample)
         self._identical = self._identical + 1 if same else 1
-        self._previous = image
+        self._previous = image, sample
         if 0 < limits.frozen_frames <= self._identical:
             return f"frozen: identical to the {self._identical - 1} frames before it"
-        step = _step_px(image)
-        sample = np.ascontiguousarray(image[::step, ::step])
         if _share_from(sample, limits.black_below * fmt.max_value) < _BRIGHT_SHARE:
             bright = float(np.quantile(sample.astype(np.float32), 1 - _BRIGHT_SHARE)) / fmt.max_value
             return f"black: 99.9% of the pixels are below {bright:.4f} of the range"
@@ -65,14 +66,14 @@ class PlausibilityCheck:
         """Compare the next frame with none: the one before it was not looked at."""
         self._previous = None
 
-    def _repeats(self, image: Image) -> bool:
-        previous = self._previous
-        if previous is None or previous.shape != image.shape or previous.dtype != image.dtype:
+    def _repeats(self, image: Image, sample: Image) -> bool:
+        if self._previous is None:
             return False
-        step = _step_px(image)  # a cheap look first: real frames differ by noise everywhere
-        if not np.array_equal(previous[::step, ::step], image[::step, ::step]):
+        previous, its_sample = self._previous
+        if previous.shape != image.shape or previous.dtype != image.dtype:
             return False
-        return np.array_equal(previous, image)
+        # A cheap look first: real frames differ by noise everywhere.
+        return np.array_equal(its_sample, sample) and np.array_equal(previous, image)
 
 
 def _step_px(image: Image) -> int:

@@ -146,10 +146,16 @@ class Scorer:
             threshold: values above it belong to a region (8-connected).
             area: where the score grid lies in the full frame.
         """
-        above = (stretched > threshold).astype(np.uint8)
-        if not above.any():
+        above = (stretched > threshold).view(np.uint8)
+        # Only where anything is: that is mostly a small part of the map.
+        left_edge, top_edge, box_width, box_height = cv2.boundingRect(above)
+        if box_width == 0:
             return []
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8, ltype=cv2.CV_32S)
+        box = (slice(top_edge, top_edge + box_height), slice(left_edge, left_edge + box_width))
+        stretched = stretched[box]
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(
+            np.ascontiguousarray(above[box]), connectivity=8, ltype=cv2.CV_32S
+        )
         scale_x = area.width / self.geometry.score_width
         scale_y = area.height / self.geometry.score_height
         order = np.argsort(-stats[1:count, cv2.CC_STAT_AREA], kind="stable")[:MAX_REGIONS] + 1
@@ -158,6 +164,7 @@ class Scorer:
             left, top, width, height, pixels = (int(v) for v in stats[label])
             window = (slice(top, top + height), slice(left, left + width))
             peak = float(stretched[window][labels[window] == label].max())
+            left, top = left + left_edge, top + top_edge
             x0, x1 = round(left * scale_x), round((left + width) * scale_x)
             y0, y1 = round(top * scale_y), round((top + height) * scale_y)
             regions.append(

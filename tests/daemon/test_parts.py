@@ -87,11 +87,75 @@ def test_slots_are_copied_into_reused_and_limited(rng):
     assert again.store(np.ones((3, 3), np.uint8)).base is not None
     assert again.memory is memory, "no new memory for a smaller frame"
     ring.give_back(again)
-    ring.reserve(1000)
+    ring.reserve(1000, 0)
     assert again.memory.nbytes == 1000
     ring.replace()
     assert ring.free_slots == 2, "one for the slot that never comes back"
     np.testing.assert_array_equal(ring.lease(0).store(stored), stored)
+
+
+class Lender:
+    """A driver whose frames stay until it has them back."""
+
+    def __init__(self):
+        self.back = []
+
+    def frame(self, number):
+        image = np.full((2, 3), number, np.uint8)
+        return Frame(FrameStatus.COMPLETE, "cam", image=image, give_back=lambda: self.back.append(number))
+
+
+def test_lent_frames_stay_where_they_are_and_go_back_by_the_thread_that_grabs():
+    ring, lender = FrameRing(4, None), Lender()
+    ring.reserve(6, lends=2)
+    frames, slots = [lender.frame(number) for number in range(3)], [ring.lease(0) for _ in range(3)]
+    images = [frame.image for frame in frames]
+    for slot, frame in zip(slots, frames, strict=True):
+        ring.keep(slot, frame)
+    assert [frame.image is image for frame, image in zip(frames, images, strict=True)] == [True, True, False]
+    np.testing.assert_array_equal(frames[2].image, images[2])  # no more are lent: copied
+    ring.return_loans()
+    assert lender.back == [2]
+    ring.give_back(slots[0])
+    assert lender.back == [2], "the engine's thread does not call the driver"
+    ring.return_loans()
+    ring.return_loans()
+    assert lender.back == [2, 0]
+    again = lender.frame(3)
+    ring.keep(ring.lease(0), again)
+    assert again.give_back is None, "there is room for a loan again"
+    ring.pass_over(late := lender.frame(4))
+    ring.return_loans()
+    assert lender.back == [2, 0, 4]
+    assert late.give_back is None
+
+
+def test_a_driver_that_does_not_answer_gets_nothing_back():
+    ring, lender = FrameRing(2, None), Lender()
+    ring.reserve(6, lends=2)
+    slots = [ring.lease(0) for _ in range(2)]
+    for number, slot in enumerate(slots):
+        ring.keep(slot, lender.frame(number))
+    ring.give_back(slots[0])
+    ring.abandon_loans()
+    ring.give_back(slots[1])
+    ring.return_loans()
+    assert lender.back == []
+    ring.keep(ring.lease(0), new := lender.frame(2))
+    assert new.give_back is None, "the next camera lends as many"
+
+
+def test_memory_that_an_engine_wants_frames_in_is_copied_into():
+    allocated = []
+    ring, lender = FrameRing(1, lambda size: allocated.append(size) or np.empty(size, np.uint8)), Lender()
+    ring.reserve(6, lends=5)
+    frame = lender.frame(7)
+    lent = frame.image
+    ring.keep(ring.lease(0), frame)
+    ring.return_loans()
+    assert allocated == [6]
+    assert frame.image is not lent
+    assert lender.back == [7]
 
 
 def test_a_full_channel_makes_its_writer_wait():

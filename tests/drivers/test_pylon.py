@@ -11,7 +11,7 @@ from drivers import pylon_output
 from drivers.camera import CameraError, CameraLost, DriverMissing, EndOfStream, Fires
 from drivers.counter import BlockIdCounter
 from drivers.frame import FrameStatus, PixelFormat
-from drivers.pylon import PylonCamera, PylonOptions
+from drivers.pylon import _LENT_BUFFERS, PylonCamera, PylonOptions
 from drivers.pylon_output import PassLine, PassOutput
 
 pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
@@ -48,7 +48,28 @@ def some_frames(camera, count):
     frames = []
     while len(frames) < count:
         frames += next_frames(camera)
+        for frame in frames:
+            if frame.give_back is not None:
+                frame.give_back()
+                frame.give_back = None
     return frames
+
+
+def test_lent_images_stay_as_they_are_until_they_are_given_back(opened):
+    """The emulator's picture moves by a pixel from frame to frame."""
+    camera = opened(pixel_format=PixelFormat.MONO8, features={"TestImageSelector": "Testimage2"})
+    lent = [next_frames(camera)[0] for _ in range(_LENT_BUFFERS)]
+    copies = [frame.image.copy() for frame in lent]
+    some_frames(camera, 40)  # more than there are buffers
+    for frame, copy in zip(lent, copies, strict=True):
+        np.testing.assert_array_equal(frame.image, copy)
+    assert any((copies[0] != other).any() for other in copies[1:]), "else nothing was shown"
+    camera.close()
+    for frame, copy in zip(lent, copies, strict=True):
+        np.testing.assert_array_equal(
+            frame.image, copy, err_msg="the engine may still read when the camera is gone"
+        )
+        frame.give_back()
 
 
 @pytest.mark.parametrize("fmt", list(PixelFormat))
