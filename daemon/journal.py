@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 from daemon.events import EventKind, Events
 
@@ -59,18 +58,17 @@ class Record:
     body: bytes
     """The verdict as published; replaced when it had to go out without waiting."""
     submitted_ns: int = field(default_factory=time.monotonic_ns)
-    _answers: SimpleQueue[bool] = field(default_factory=SimpleQueue)
+    _settled: threading.Event = field(default_factory=threading.Event)
+    _written: bool = False
 
     def settle(self, written: bool) -> None:
         """Say whether it is in the journal."""
-        self._answers.put(written)
+        self._written = written
+        self._settled.set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until it is known to be in the journal; False when it is not, or not yet. Asked once."""
-        try:
-            return self._answers.get(timeout=max(0.0, timeout_s))
-        except Empty:
-            return False
+        """Wait until it is known to be in the journal; False when it is not, or not yet."""
+        return self._settled.wait(max(0.0, timeout_s)) and self._written
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from daemon.config import StationConfig, SupervisionConfig, VerdictConfig
 from daemon.faults import Fault
 from daemon.journal import Query, read_journal
 from daemon.publishing import Publishing
-from daemon.ring import Slot
+from daemon.ring import FrameRing
 from daemon.soak import SoakLine, injections
 from daemon.soak import soak as run_soak
 from daemon.station import Station, StationFailed
@@ -484,15 +484,15 @@ def test_a_folder_whose_disk_hangs_ends_the_run_and_does_not_begin_anew(tiny_bun
 
 def test_a_frame_that_finds_no_memory_gets_its_verdict(tiny_bundle, tmp_path, monkeypatch):
     """Without a deadline nobody else would ever settle it."""
-    stores, store = [], Slot.store
+    kept, keep = [], FrameRing.keep
 
-    def failing(self, image):
-        stores.append(self)
-        if len(stores) == 3:
+    def failing(self, slot, frame):
+        kept.append(frame)
+        if len(kept) == 3:
             raise MemoryError("no page-locked memory")
-        return store(self, image)
+        keep(self, slot, frame)
 
-    monkeypatch.setattr(Slot, "store", failing)
+    monkeypatch.setattr(FrameRing, "keep", failing)
     endpoint = f"tcp://127.0.0.1:{free_port()}"
     config = StationConfig(
         station="memory",
