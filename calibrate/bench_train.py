@@ -87,7 +87,9 @@ def bench_train(options: TrainOptions, steps: int, listener: Listener) -> dict[s
     good = good_images(options, cache, listener)
     trainer = Trainer(options, good, cache, device, precision)
     trainer.prepare_teacher(
-        find_teacher(options.teacher, options.size, options.seed), lambda: listener.go_on("before the first round")
+        find_teacher(options.teacher, options.size, options.seed),
+        whiten=False,  # a step costs the same
+        on_image=lambda: listener.go_on("before the first round"),
     )
     reference = _Straightforward(trainer, options)
     trainer.natural.fill(options.geometry.tiles()[0])  # or the side that comes first would pay for both

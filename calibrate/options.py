@@ -63,8 +63,9 @@ class TrainOptions:
     preset: PresetName = "standard"
     steps: int = PRESETS["standard"].steps
     learning_rate: float = PRESETS["standard"].learning_rate
-    whiten: bool = False
-    """Whiten the teacher's features over the training images instead of normalising each channel alone."""
+    whiten: bool | None = None
+    """Whiten the teacher's features over the training images instead of normalising each channel alone; None: where
+    the images have no common layout (see MIN_LAYOUT_SHARE)."""
     seed: int = 0
     turns: Turns = field(default_factory=Turns)
     held_out_share: float = 0.1

@@ -171,6 +171,37 @@ def whitening(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, directions @ torch.diag(scale) @ directions.T
 
 
+def layout_share(features: Iterable[Tensor]) -> float:
+    """Find how much of the features' variance lies in where they are.
+
+    Near 1 for parts in one position, 0 for surfaces, below 0 where images are few. It is what the mean over every
+    other image explains of the rest, place by place, each channel with variance 1.
+
+    Args:
+        features: (384, cells) float32 of each image, of at least two.
+    """
+    squares, count = torch.zeros(2, TEACHER_CHANNELS, dtype=torch.float64), [0, 0]
+    sums: list[Tensor | float] = [0.0, 0.0]
+    for index, image in enumerate(features):
+        half = index % 2
+        sums[half] = sums[half] + image
+        squares[half] += image.square().sum(dim=1, dtype=torch.float64)
+        count[half] += 1
+    a, b = (torch.as_tensor(one) for one in sums)
+    cells = a.shape[1]
+
+    def missed(guess: Tensor) -> Tensor:
+        """Return each channel's squared errors over the second half's images."""
+        crossed, own = (guess * b).sum(dim=1, dtype=torch.float64), guess.square().sum(dim=1, dtype=torch.float64)
+        return squares[1] - 2 * crossed + count[1] * own
+
+    mean = (a + b).sum(dim=1, dtype=torch.float64) / (sum(count) * cells)
+    variance = squares.sum(dim=0) / (sum(count) * cells) - mean.square()
+    weight = torch.where(variance < _DEAD_CHANNEL_STD**2, 0, 1 / variance)
+    by_place, everywhere = missed(a / count[0]), missed(mean.float()[:, None].expand_as(b))
+    return 1 - float((weight * by_place).sum() / (weight * everywhere).sum())
+
+
 def channel_statistics(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Compute mean and standard deviation of each teacher channel over all training images.
 

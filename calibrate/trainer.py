@@ -16,7 +16,14 @@ from calibrate.layouts import DatasetError, ImageFile
 from calibrate.losses import Losses, efficientad_losses
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
-from calibrate.teacher import Teacher, channel_statistics, fold_into_last, teacher_features, whitening
+from calibrate.teacher import (
+    Teacher,
+    channel_statistics,
+    fold_into_last,
+    layout_share,
+    teacher_features,
+    whitening,
+)
 from drivers.replay import list_images
 from pipeline.bundle import sha256_hex
 from pipeline.geometry import Tile
@@ -28,6 +35,8 @@ _NATURAL_TRIES = 10
 _FINGERPRINTED_BYTES = 1 << 16
 _WHITENED_OVER = 200
 """Images over which features are whitened; their channels are normalised over all."""
+_LAYOUT_OF = 40
+"""Images whose common layout is looked for."""
 _PROCEDURAL_POOL = 128
 """Different procedural images of a run's penalty; each is drawn when first needed, and cropped at random."""
 _PROCEDURAL_MARGIN_PX = 64
@@ -67,18 +76,32 @@ class Trainer:
         self._features: dict[int, Tensor] = {}
         self._cacheable = self._cacheable_features(cache.room_bytes)
 
-    def prepare_teacher(self, teacher: Teacher, on_image: Callable[[], None] = lambda: None) -> None:
+    def layout_share(self, teacher: Teacher, on_image: Callable[[], None] = lambda: None) -> float:
+        """Find how much of the teacher's features on some training images lies in where they are (`layout_share`).
+
+        Calls `on_image` before each image that is looked at.
+        """
+        self.model.teacher.load_state_dict(teacher.weights)
+        images = ([index] for index in self._some(_LAYOUT_OF))
+        return layout_share(torch.cat(list(self._features_of(image, on_image)), dim=1) for image in images)
+
+    def prepare_teacher(
+        self, teacher: Teacher, *, whiten: bool, on_image: Callable[[], None] = lambda: None
+    ) -> None:
         """Put the teacher in, with its features whitened or its channels normalised over the training images.
 
         Calls `on_image` before each image that is looked at.
         """
         network = self.model.teacher
         network.load_state_dict(teacher.weights)
-        if self.options.whiten:
-            some = np.random.default_rng([self.options.seed, 4]).permutation(len(self.images))[:_WHITENED_OVER]
-            fold_into_last(network, *whitening(self._features_of(sorted(some.tolist()), on_image)))
+        if whiten:
+            fold_into_last(network, *whitening(self._features_of(self._some(_WHITENED_OVER), on_image)))
         mean, std = channel_statistics(self._features_of(range(len(self.images)), on_image))
         fold_into_last(network, mean, torch.diag(1 / std.double()))
+
+    def _some(self, count: int) -> list[int]:
+        chosen = np.random.default_rng([self.options.seed, 4]).permutation(len(self.images))[:count]
+        return sorted(chosen.tolist())
 
     @torch.inference_mode()
     def _features_of(self, indices: Iterable[int], on_image: Callable[[], None]) -> Iterator[Tensor]:

@@ -67,8 +67,12 @@ def train(
     ] = None,
     hard_quantile: Annotated[float, typer.Option(min=0.0, max=0.999999, help="the paper's p_hard")] = 0.999,
     whiten: Annotated[
-        bool, typer.Option(help="whiten the teacher's features over the good images, not channel by channel")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="whiten the teacher's features over the good images, not channel by channel; unsaid: where these "
+            "are a surface without a common layout"
+        ),
+    ] = None,
     quantile_a: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0 in the map")] = 0.9,
     quantile_b: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0.1")] = 0.995,
     penalty: Annotated[bool, typer.Option(help="pretraining penalty")] = True,

@@ -18,7 +18,7 @@ from calibrate.evaluate import evaluate
 from calibrate.layouts import DatasetError, ImageFile, load_test_set
 from calibrate.losses import LossOptions
 from calibrate.options import TrainOptions, Turns
-from calibrate.teacher import find_teacher
+from calibrate.teacher import find_teacher, layout_share
 from calibrate.train import Listener, TrainingError, TrainingStopped, train
 from calibrate.trainer import Trainer
 from drivers.frame import PixelFormat
@@ -481,18 +481,54 @@ def test_turned_parts(rng):
     assert not np.allclose(turned, image)
 
 
+def test_a_common_layout_is_what_place_explains(rng):
+    scale = rng.uniform(0.1, 10, (1, 384, 1))
+    layout, offset = rng.normal(size=(1, 384, 30)), rng.normal(size=(1, 384, 1))
+    images = scale * (layout + 0.5 * rng.normal(size=(11, 384, 30)) + 5 * offset)
+    images[:, 7] = 3.0  # a dead channel
+    found = layout_share(torch.from_numpy(image).float() for image in images)
+    normalised = np.delete(images, 7, axis=1)
+    normalised = (normalised - normalised.mean((0, 2), keepdims=True)) / normalised.std((0, 2), keepdims=True)
+    missed = normalised[1::2] - normalised[::2].mean(0)
+    assert found == pytest.approx(1 - (missed**2).mean() / (normalised[1::2] ** 2).mean(), abs=1e-4)
+    assert found > 0.6
+    surfaces = (torch.from_numpy(rng.normal(size=(384, 30))).float() for _ in range(10))
+    assert layout_share(surfaces) == pytest.approx(-0.2, abs=0.05), (
+        "a mean of five explains nothing, and adds its own"
+    )
+
+
+@pytest.mark.parametrize(("wanted", "whitened"), [(None, True), (False, False)])
+def test_surfaces_are_whitened_unless_told_otherwise(options, rng, wanted, whitened):
+    surface = cv2.GaussianBlur(rng.integers(0, 256, (400, 400)).astype(np.uint8), (0, 0), 2)
+    photos = options.out.parent / "surface"
+    photos.mkdir()
+    for index, (y, x) in enumerate(rng.integers(0, 300, (12, 2))):
+        cv2.imwrite(str(photos / f"{index}.png"), surface[y : y + 96, x : x + 96])
+    notes = Notes()
+    bundle = train(replace(options, dataset=photos, whiten=wanted, steps=1), notes)
+    assert bundle.training["whiten"] is whitened
+    assert any("a surface; features are whitened" in said for said in notes.said) == (wanted is None)
+
+
+def test_parts_in_one_position_are_not_whitened(options):
+    notes = Notes()
+    assert train(replace(options, steps=1), notes).training["whiten"] is False
+    assert any("parts in one position" in said for said in notes.said)
+
+
 def test_whitened_features_are_uncorrelated_over_the_training_images(options):
     good = load_good_images(options.dataset, 0.25, 0)
     cache = ImageCache(Preprocessor(options.preprocess), None, 0)
-    trainer = Trainer(replace(options, whiten=True), good, cache, torch.device("cpu"), "fp32")
-    trainer.prepare_teacher(find_teacher("random", "small", 0))
+    trainer = Trainer(options, good, cache, torch.device("cpu"), "fp32")
+    trainer.prepare_teacher(find_teacher("random", "small", 0), whiten=True)
     with torch.no_grad():
         pieces = [trainer.model.describe(torch.from_numpy(trainer.images[i])[None])[0].flatten(1) for i in range(9)]
     features = torch.cat(pieces, dim=1).double().numpy()
     np.testing.assert_allclose(features.mean(axis=1), 0, atol=1e-3)
     np.testing.assert_allclose(features.std(axis=1), 1, atol=1e-3)
     plain = Trainer(options, good, cache, torch.device("cpu"), "fp32")
-    plain.prepare_teacher(find_teacher("random", "small", 0))
+    plain.prepare_teacher(find_teacher("random", "small", 0), whiten=False)
     with torch.no_grad():
         pieces = [plain.model.describe(torch.from_numpy(plain.images[i])[None])[0].flatten(1) for i in range(9)]
 
