@@ -175,7 +175,7 @@ def layout_share(features: Iterable[Tensor]) -> float:
     """Find how much of the features' variance lies in where they are.
 
     Near 1 for parts in one position, 0 for surfaces, below 0 where images are few. It is what the mean over every
-    other image explains of the rest, place by place, each channel with variance 1.
+    other image explains of the rest, place by place, each channel with variance 1; 1 where nothing ever changes.
 
     Args:
         features: (384, cells) float32 of each image, of at least two.
@@ -199,7 +199,8 @@ def layout_share(features: Iterable[Tensor]) -> float:
     variance = squares.sum(dim=0) / (sum(count) * cells) - mean.square()
     weight = torch.where(variance < _DEAD_CHANNEL_STD**2, 0, 1 / variance)
     by_place, everywhere = missed(a / count[0]), missed(mean.float()[:, None].expand_as(b))
-    return 1 - float((weight * by_place).sum() / (weight * everywhere).sum())
+    around = float((weight * everywhere).sum())
+    return 1 - float((weight * by_place).sum()) / around if around > 0 else 1.0
 
 
 def channel_statistics(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -130,10 +130,13 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     teacher = find_teacher(options.teacher, options.size, options.seed)
     listener.say(f"teacher: {teacher.facts['name']} ({teacher.facts['origin']})")
     trainer = Trainer(options, good, cache, device, precision)
-    whiten = _resolve_whitening(trainer, teacher, listener)
+    if options.restart:
+        delete_checkpoint(options.out)
+    progress = read_progress(options.out)
+    whiten = _resolve_whitening(trainer, teacher, progress, listener)
     settings = _settings(trainer, good, teacher.facts, whiten)
-    progress = _progress_to_resume(options, settings)
     if progress is not None:
+        _check_same_run(options, progress, settings)
         load_checkpoint(options.out, trainer.model, trainer.optimizer)
         listener.say(f"resuming from the checkpoint at step {progress.step} of {options.steps}")
     else:
@@ -248,10 +251,12 @@ def with_precisions(
     return calibrated
 
 
-def _resolve_whitening(trainer: Trainer, teacher: Teacher, listener: Listener) -> bool:
+def _resolve_whitening(trainer: Trainer, teacher: Teacher, progress: Progress | None, listener: Listener) -> bool:
     options = trainer.options
     if options.whiten is not None:
         return options.whiten
+    if progress is not None:
+        return bool(progress.settings.get("whiten"))
     if len(trainer.images) < _SHOW_A_LAYOUT:
         return False
     share = trainer.layout_share(teacher, lambda: listener.go_on(_BEFORE_STEPS))
@@ -396,12 +401,9 @@ def _look(trainer: Trainer, held_out: PreparedImages, scorer: Scorer) -> str:
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-def _progress_to_resume(options: TrainOptions, settings: dict[str, Any]) -> Progress | None:
-    if options.restart:
-        delete_checkpoint(options.out)
-    progress = read_progress(options.out)
-    if progress is None or progress.settings == settings:
-        return progress
+def _check_same_run(options: TrainOptions, progress: Progress, settings: dict[str, Any]) -> None:
+    if progress.settings == settings:
+        return
     changed = sorted(k for k in settings if settings[k] != progress.settings.get(k))
     raise CheckpointError(
         f"{options.out.absolute()} holds a checkpoint of another run (step {progress.step}); different: "

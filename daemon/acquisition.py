@@ -185,7 +185,8 @@ class Acquisition:
                 if not self.ticket.revoked:
                     line.state = replace(line.state, connected=False)
                 with self._driver():
-                    line.ring.return_loans()
+                    if not self.ticket.revoked:
+                        line.ring.return_loans()
                     self.camera.close()
             if failed:
                 self._pause()
@@ -310,7 +311,6 @@ class Acquisition:
                 line.send(Grabbed(entry, slot))
                 return
             frame.image = None
-            line.ring.pass_over(frame)
             if self._wait_when_full():
                 frame.status, frame.detail = FrameStatus.CAMERA, "the line is stopping"
             else:

@@ -31,7 +31,7 @@ from daemon.log import configure_logging
 from daemon.ports import free_ports
 from daemon.station import Station
 from daemon.tally import spread
-from drivers.camera import Camera, CameraInfo, CameraLost, Fires, nothing_to_give_back
+from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
@@ -99,7 +99,7 @@ class Playback:
                 "playback",
                 image=image,
                 pixel_format=self._options.pixel_format,
-                give_back=nothing_to_give_back,
+                lasting=True,
             )
         ]
 

@@ -117,6 +117,7 @@ class Judging:
             if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
                 self._too_late(entry, inspection)
         self._tap(entry, image, inspection)
+        entry.frame.forget_image()
         if self.abandoned:
             raise Closed
         self.current = None

@@ -95,7 +95,10 @@ def configure_logging(level: str = "info", log_format: Literal["auto", "json", "
     if as_json:
         processors += [_tracebacks, structlog.processors.JSONRenderer()]
     else:
-        processors.append(structlog.dev.ConsoleRenderer(colors=on_terminal))
+        # Without local variables: those of an inspection are images.
+        processors.append(
+            structlog.dev.ConsoleRenderer(colors=on_terminal, exception_formatter=structlog.dev.plain_traceback)
+        )
     if not _outputs:
         _outputs.append(_Unbreakable(sys.stderr))
     structlog.configure(

@@ -13,7 +13,6 @@ from drivers.frame import Frame, Image
 
 Memory = NDArray[np.uint8]
 Allocate = Callable[[int], Memory]
-Return = Callable[[], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -23,8 +22,8 @@ class Slot:
     allocate: Allocate | None = None
     """Gives so many bytes; None: any memory will do."""
     memory: Memory = field(default_factory=lambda: np.empty(0, np.uint8))
-    loan: Return | None = None
-    """Ends the driver's loan of a frame that stayed where it was."""
+    lent: Image | None = None
+    """The image that it holds, where that stayed in the driver's own memory."""
 
     def reserve(self, size: int) -> None:
         """Have room for a frame of so many bytes."""
@@ -42,7 +41,8 @@ class Slot:
 class FrameRing:
     """A fixed number of slots, leased by acquisition and given back once their frame is judged.
 
-    A frame whose memory the driver lends stays where it is; acquisition returns it, in the driver's own thread.
+    A lasting image stays where it is. Acquisition lets go of it, so that the driver has its memory back in the
+    thread that grabs.
     """
 
     def __init__(self, slots: int, allocate: Allocate | None) -> None:
@@ -58,10 +58,9 @@ class FrameRing:
         self._changed = threading.Condition()
         self._lends = 0
         self._borrowing: set[Slot] = set()
-        self._ended: list[Return] = []
-        """Loans that are over; the driver's own thread says so to the driver."""
-        self._abandoned: list[Return] = []
-        """Never said: that could hang as the driver does."""
+        self._to_return: list[Image] = []
+        self._abandoned: list[Image] = []
+        """Never returned: that could hang as the driver does."""
 
     def lease(self, timeout_s: float) -> Slot | None:
         """Take a free slot, waiting up to `timeout_s`; None when all stay taken."""
@@ -82,48 +81,44 @@ class FrameRing:
         if frame.image is None:
             raise AssertionError("a frame without an image needs no slot")
         with self._changed:
-            if frame.give_back is not None and len(self._borrowing) < self._lends:
+            if frame.lasting and len(self._borrowing) < self._lends:
                 self._borrowing.add(slot)
-                slot.loan, frame.give_back = frame.give_back, None
+                slot.lent = frame.image
                 return
         frame.image = slot.store(frame.image)
-        self.pass_over(frame)
-
-    def pass_over(self, frame: Frame) -> None:
-        """Return what the driver lent for a frame that needs it no more."""
-        if frame.give_back is not None:
-            with self._changed:
-                self._ended.append(frame.give_back)
-            frame.give_back = None
 
     def give_back(self, slot: Slot) -> None:
         """Return a slot; its memory may be overwritten from now on."""
         with self._changed:
-            if slot.loan is not None:
-                self._ended.append(slot.loan)
-                slot.loan = None
-                self._borrowing.discard(slot)
+            self._end_loan(slot)
             self._free.append(slot)
             self._changed.notify()
 
-    def return_loans(self) -> None:
-        """Let the driver have back what is needed no more; for the thread that grabs."""
+    def replace(self, slot: Slot) -> None:
+        """Put a new slot in the place of one that whoever leased it may use for ever."""
         with self._changed:
-            ended, self._ended = self._ended, []
-        for give_back in ended:
-            give_back()
+            self._end_loan(slot)
+        self.give_back(Slot(self._allocate))
+
+    def _end_loan(self, slot: Slot) -> None:
+        if slot.lent is not None:
+            self._to_return.append(slot.lent)
+            slot.lent = None
+            self._borrowing.discard(slot)
+
+    def return_loans(self) -> None:
+        """Let go of lasting images that are not needed any more; for the thread that grabs."""
+        with self._changed:
+            returned, self._to_return = self._to_return, []
+        returned.clear()  # outside the lock: this may call the driver
 
     def abandon_loans(self) -> None:
         """Keep for ever what a driver lent that does not answer."""
         with self._changed:
-            self._abandoned += self._ended + [slot.loan for slot in self._borrowing if slot.loan is not None]
-            for slot in self._borrowing:
-                slot.loan = None
-            self._ended, self._borrowing = [], set()
-
-    def replace(self) -> None:
-        """Add a slot for one that whoever leased it will never let go."""
-        self.give_back(Slot(self._allocate))
+            for slot in list(self._borrowing):
+                self._end_loan(slot)
+            self._abandoned += self._to_return
+            self._to_return = []
 
     @property
     def free_slots(self) -> int:

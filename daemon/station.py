@@ -175,6 +175,7 @@ class Station:
                 self._supervise()
         finally:
             self._tear_down()
+            gc.unfreeze()
         publishing = self._publishing
         duration_s = (publishing.last_sent_ns - (publishing.first_grab_ns or publishing.last_sent_ns)) / 1e9
         return summarise(self.tally, duration_s)
@@ -282,10 +283,10 @@ class Station:
             self._log.warning("numbers of an earlier run without a verdict", first=left[0], last=left[-1])
         for sequence in left:
             self._ledger.restore(sequence)
-        self._line.triggers.open()
         # What is there now stays; looking through torch's half a million objects would hold a verdict up.
         gc.collect()
         gc.freeze()
+        self._line.triggers.open()
         self._begin_acquisition(after_hang=False)
         self._notifier.send("READY=1")
         self._log.info(
@@ -488,7 +489,8 @@ class Station:
     def _abandon_acquisition(self, why: str = _NO_ANSWER) -> None:
         """Take the present generation's right to number; a trigger without a frame gets its verdict."""
         self._ledger.revoke(self._acquisition.ticket)
-        self._ring.abandon_loans()
+        if self._workers["acquisition"].is_alive():
+            self._ring.abandon_loans()
         entry = self._acquisition.waiting_entry
         if entry is not None:
             self._ledger.settle(entry, Inspection(Outcome.INVALID, Reason.CAMERA, why))
@@ -511,6 +513,7 @@ class Station:
                 item.done.cancel()
             elif isinstance(item, Grabbed):
                 self._ledger.settle(item.entry, lost)
+                item.entry.frame.forget_image()
                 self._ring.give_back(item.slot)
             else:
                 self._line.frames.put(item)  # the probe goes on through the next generation
@@ -521,7 +524,7 @@ class Station:
         for slot in judging.held_slots():
             # A hung call may still read or write its slots when it comes back: they are not used again.
             if hung:
-                self._ring.replace()
+                self._ring.replace(slot)
             else:
                 self._ring.give_back(slot)
         if hung:

@@ -50,7 +50,7 @@ class CameraInfo:
     pixel_format: PixelFormat | None = None
     """None where frames vary in format."""
     lends: int = 0
-    """Frames whose memory it can do without at one time; they have `give_back`."""
+    """Frames that may be kept as they are at one time (`Frame.lasting`)."""
 
     @property
     def frame_bytes(self) -> int:
@@ -76,10 +76,6 @@ NEW_IMAGES = sys.maxsize
 """`CameraInfo.lends` of a source that makes each image anew."""
 
 
-def nothing_to_give_back() -> None:
-    """Do nothing: `Frame.give_back` of an image that was made for its frame."""
-
-
 class Camera(Protocol):
     """One camera or one simulated source. Used by a single thread; reopened after `close`."""
 
@@ -99,7 +95,7 @@ class Camera(Protocol):
 
         Returns an empty list when nothing came, one frame as a rule, and more where the camera's
         counter shows that frames were lost before this one. Images stay valid until the next call,
-        those with `give_back` until that is called.
+        lasting ones while anyone refers to them.
         Raises CameraLost when the camera must be reopened and EndOfStream after the last frame.
         """
         ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import string
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -107,10 +106,7 @@ class Frame:
     source: str
     """File name, or the camera's serial number."""
     image: Image | None = None
-    """(height, width) or (height, width, 3) in `pixel_format`; valid until the driver's next grab.
-
-    Where there is `give_back`: until that is called, or the frame is gone.
-    """
+    """(height, width) or (height, width, 3) in `pixel_format`; valid until the driver's next grab, or `lasting`."""
     pixel_format: PixelFormat | None = None
     device_id: int | None = None
     """The camera's own counter."""
@@ -124,7 +120,12 @@ class Frame:
     """Host wall clock (UTC, Unix epoch) at the grab."""
     grabbed_ns: int = 0
     """Host monotonic clock when the frame lay in its ring slot; 0 before that."""
-    give_back: Callable[[], None] | None = None
-    """Lets the driver have the image's memory again; called by the thread that grabs."""
+    lasting: bool = False
+    """The image stays as it is while anyone refers to it; then the driver has its memory again."""
     sequence: int = 0
     """The station's number, from 1 and gapless; 0 until the station has numbered it."""
+
+    def forget_image(self) -> None:
+        """Keep no more of the image than its shape and type: its memory is needed for others."""
+        if self.image is not None:
+            self.image = np.broadcast_to(np.zeros((), self.image.dtype), self.image.shape)

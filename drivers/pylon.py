@@ -349,8 +349,7 @@ class PylonCamera:
             return frames
         self._failed_in_a_row = 0
         shape = (result.Height, result.Width) + ((3,) if self._pixel_format.channels == 3 else ())
-        # A view without a copy: the result keeps pylon from using the buffer again, even after the camera's end.
-        samples = np.frombuffer(result.GetMemoryView(), self._pixel_format.dtype)
+        samples = np.asarray(_Lent(result, self._pixel_format))
         if samples.size != np.prod(shape):
             problem = f"{samples.size} samples do not fill {shape} {self._pixel_format.value}"
             frames.append(self._report(FrameStatus.INCOMPLETE, problem, device_id))
@@ -364,7 +363,7 @@ class PylonCamera:
                 device_id=device_id,
                 device_timestamp_ns=int(result.TimeStamp * self._tick_ns) or None,
                 arrived_ns=arrived_ns,
-                give_back=result.Release,
+                lasting=True,
             )
         )
         return frames
@@ -390,6 +389,17 @@ class PylonCamera:
             # A device that is gone refuses each step of its own closing; the next steps still matter.
             with contextlib.suppress(self._genicam.GenericException):
                 step()
+
+
+class _Lent:
+    """pylon's buffer, for an array that keeps it: pylon takes it again when no array refers to it any more.
+
+    Its memory is valid until then, even when the camera has been closed.
+    """
+
+    def __init__(self, result: Any, pixel_format: PixelFormat) -> None:
+        self._result = result
+        self.__array_interface__ = np.frombuffer(result.GetMemoryView(), pixel_format.dtype).__array_interface__
 
 
 _FIRES = {"software": Fires.WHEN_READY, "command": Fires.ON_COMMAND}

@@ -22,7 +22,6 @@ from drivers.camera import (
     EndOfStream,
     Fires,
     Options,
-    nothing_to_give_back,
 )
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
@@ -239,7 +238,7 @@ class ReplayCamera:
             pixel_format=pixel_format,
             device_id=index,
             arrived_ns=arrived_ns,
-            give_back=nothing_to_give_back,
+            lasting=True,
         )
 
     def _play_video(self, path: Path) -> Iterator[Frame]:
@@ -261,7 +260,7 @@ class ReplayCamera:
                         device_id=index,
                         device_timestamp_ns=int(timestamp_ms * 1e6),
                         arrived_ns=arrived_ns,
-                        give_back=nothing_to_give_back,
+                        lasting=True,
                     )
                     index += 1
                 if index < promised:

@@ -20,7 +20,6 @@ from drivers.camera import (
     EndOfStream,
     Fires,
     Options,
-    nothing_to_give_back,
 )
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
@@ -272,7 +271,7 @@ class SyntheticCamera:
                 device_id=index,
                 device_timestamp_ns=arrived_ns,
                 arrived_ns=arrived_ns,
-                give_back=nothing_to_give_back,
+                lasting=True,
             )
         ]
 

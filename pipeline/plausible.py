@@ -48,9 +48,9 @@ class PlausibilityCheck:
         limits = self._limits
         step = _step_px(image)
         sample = image[::step, ::step].copy()
-        same = limits.frozen_frames > 0 and self._repeats(image, sample)
+        previous, self._previous = self._previous, (image, sample)
+        same = limits.frozen_frames > 0 and previous is not None and _repeats(previous, (image, sample))
         self._identical = self._identical + 1 if same else 1
-        self._previous = image, sample
         if 0 < limits.frozen_frames <= self._identical:
             return f"frozen: identical to the {self._identical - 1} frames before it"
         if _share_from(sample, limits.black_below * fmt.max_value) < _BRIGHT_SHARE:
@@ -66,14 +66,13 @@ class PlausibilityCheck:
         """Compare the next frame with none: the one before it was not looked at."""
         self._previous = None
 
-    def _repeats(self, image: Image, sample: Image) -> bool:
-        if self._previous is None:
-            return False
-        previous, its_sample = self._previous
-        if previous.shape != image.shape or previous.dtype != image.dtype:
-            return False
-        # A cheap look first: real frames differ by noise everywhere.
-        return np.array_equal(its_sample, sample) and np.array_equal(previous, image)
+
+def _repeats(previous: tuple[Image, Image], now: tuple[Image, Image]) -> bool:
+    """Compare two images, each with its sample: real frames differ by noise everywhere, also in that."""
+    (old, old_sample), (new, new_sample) = previous, now
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return False
+    return np.array_equal(old_sample, new_sample) and np.array_equal(old, new)
 
 
 def _step_px(image: Image) -> int:

@@ -492,6 +492,7 @@ def test_a_common_layout_is_what_place_explains(rng):
     missed = normalised[1::2] - normalised[::2].mean(0)
     assert found == pytest.approx(1 - (missed**2).mean() / (normalised[1::2] ** 2).mean(), abs=1e-4)
     assert found > 0.6
+    assert layout_share(torch.ones(384, 30) for _ in range(4)) == 1, "nothing to whiten"
     surfaces = (torch.from_numpy(rng.normal(size=(384, 30))).float() for _ in range(10))
     assert layout_share(surfaces) == pytest.approx(-0.2, abs=0.05), (
         "a mean of five explains nothing, and adds its own"

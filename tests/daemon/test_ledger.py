@@ -86,6 +86,19 @@ def test_a_taker_wakes_for_the_deadline_by_itself(ledger):
     assert entry.due_ns - began_ns <= 45_000_000, "a tenth of the deadline is kept as margin"
 
 
+def test_a_taker_that_sleeps_is_woken_by_a_deadline_before_its_own_time(ledger):
+    with_deadline(ledger, 20)
+    taken = []
+    taker = threading.Thread(target=lambda: taken.extend(ledger.take(600, 1)), daemon=True)
+    taker.start()
+    while not ledger._publisher_wakes_ns:  # it sleeps as soon as the lock is free
+        pass
+    entry = ledger.open(Ticket(), frame())
+    taker.join(60)
+    assert taken == [entry]
+    assert entry.inspection.reason is Reason.DEADLINE
+
+
 def test_a_settled_entry_is_not_late_however_long_it_waits(ledger):
     with_deadline(ledger, 1)
     entry = ledger.open(Ticket(), frame())

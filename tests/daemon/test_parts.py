@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_an_unusable_state_folder_says_what_to_set(tmp_path):
 
 def test_slots_are_copied_into_reused_and_limited(rng):
     ring = FrameRing(2, frame_memory("cpu"))
-    a, _ = ring.lease(0), ring.lease(0)
+    a, hung = ring.lease(0), ring.lease(0)
     assert ring.lease(0) is None
     image = rng.integers(0, 4096, (5, 7)).astype(np.uint16)
     stored = a.store(image)
@@ -89,73 +90,89 @@ def test_slots_are_copied_into_reused_and_limited(rng):
     ring.give_back(again)
     ring.reserve(1000, 0)
     assert again.memory.nbytes == 1000
-    ring.replace()
+    ring.replace(hung)
     assert ring.free_slots == 2, "one for the slot that never comes back"
     np.testing.assert_array_equal(ring.lease(0).store(stored), stored)
 
 
-class Lender:
-    """A driver whose frames stay until it has them back."""
-
-    def __init__(self):
-        self.back = []
-
-    def frame(self, number):
-        image = np.full((2, 3), number, np.uint8)
-        return Frame(FrameStatus.COMPLETE, "cam", image=image, give_back=lambda: self.back.append(number))
+class Lent(np.ndarray):
+    """An image in the driver's memory."""
 
 
-def test_lent_frames_stay_where_they_are_and_go_back_by_the_thread_that_grabs():
-    ring, lender = FrameRing(4, None), Lender()
+def lasting(number):
+    image = np.full((2, 3), number, np.uint8).view(Lent)
+    return Frame(FrameStatus.COMPLETE, "cam", image=image, lasting=True), weakref.ref(image)
+
+
+def test_lasting_images_stay_where_they_are_and_are_let_go_of_by_the_thread_that_grabs():
+    ring = FrameRing(4, None)
     ring.reserve(6, lends=2)
-    frames, slots = [lender.frame(number) for number in range(3)], [ring.lease(0) for _ in range(3)]
-    images = [frame.image for frame in frames]
-    for slot, frame in zip(slots, frames, strict=True):
+    slots = [ring.lease(0) for _ in range(3)]
+    memory = []
+    for number, slot in enumerate(slots):
+        frame, driver_memory = lasting(number)
         ring.keep(slot, frame)
-    assert [frame.image is image for frame, image in zip(frames, images, strict=True)] == [True, True, False]
-    np.testing.assert_array_equal(frames[2].image, images[2])  # no more are lent: copied
-    ring.return_loans()
-    assert lender.back == [2]
+        assert (frame.image is driver_memory()) == (number < 2), "no more are lent: copied"
+        np.testing.assert_array_equal(frame.image, np.full((2, 3), number))
+        frame.forget_image()
+        assert (frame.image.shape, frame.image.dtype) == ((2, 3), np.uint8)
+        memory.append(driver_memory)
+    assert [one() is None for one in memory] == [False, False, True]
     ring.give_back(slots[0])
-    assert lender.back == [2], "the engine's thread does not call the driver"
+    assert memory[0]() is not None, "the engine's thread does not call the driver"
     ring.return_loans()
+    assert [one() is None for one in memory] == [True, False, True]
+    frame, driver_memory = lasting(3)
+    ring.keep(ring.lease(0), frame)
+    assert frame.image is driver_memory(), "there is room for a loan again"
+
+
+def test_what_a_hung_engine_holds_stays_while_it_holds_it():
+    ring = FrameRing(2, None)
+    ring.reserve(6, lends=1)
+    slot = ring.lease(0)
+    frame, driver_memory = lasting(5)
+    ring.keep(slot, frame)
+    held = frame.image
+    frame.forget_image()
+    ring.replace(slot)
     ring.return_loans()
-    assert lender.back == [2, 0]
-    again = lender.frame(3)
-    ring.keep(ring.lease(0), again)
-    assert again.give_back is None, "there is room for a loan again"
-    ring.pass_over(late := lender.frame(4))
-    ring.return_loans()
-    assert lender.back == [2, 0, 4]
-    assert late.give_back is None
+    assert ring.free_slots == 2
+    assert driver_memory() is held
+    ring.keep(ring.lease(0), lasting(6)[0])
+    np.testing.assert_array_equal(held, np.full((2, 3), 5))
+    del held
+    assert driver_memory() is None
 
 
 def test_a_driver_that_does_not_answer_gets_nothing_back():
-    ring, lender = FrameRing(2, None), Lender()
+    ring = FrameRing(2, None)
     ring.reserve(6, lends=2)
-    slots = [ring.lease(0) for _ in range(2)]
+    slots, memory = [ring.lease(0) for _ in range(2)], []
     for number, slot in enumerate(slots):
-        ring.keep(slot, lender.frame(number))
+        frame, driver_memory = lasting(number)
+        ring.keep(slot, frame)
+        memory.append(driver_memory)
+    del frame
     ring.give_back(slots[0])
     ring.abandon_loans()
     ring.give_back(slots[1])
     ring.return_loans()
-    assert lender.back == []
-    ring.keep(ring.lease(0), new := lender.frame(2))
-    assert new.give_back is None, "the next camera lends as many"
+    assert all(one() is not None for one in memory)
+    frame, driver_memory = lasting(2)
+    ring.keep(ring.lease(0), frame)
+    assert frame.image is driver_memory(), "the next camera lends as many"
 
 
 def test_memory_that_an_engine_wants_frames_in_is_copied_into():
     allocated = []
-    ring, lender = FrameRing(1, lambda size: allocated.append(size) or np.empty(size, np.uint8)), Lender()
+    ring = FrameRing(1, lambda size: allocated.append(size) or np.empty(size, np.uint8))
     ring.reserve(6, lends=5)
-    frame = lender.frame(7)
-    lent = frame.image
+    frame, driver_memory = lasting(7)
     ring.keep(ring.lease(0), frame)
-    ring.return_loans()
     assert allocated == [6]
-    assert frame.image is not lent
-    assert lender.back == [7]
+    assert driver_memory() is None
+    np.testing.assert_array_equal(frame.image, np.full((2, 3), 7))
 
 
 def test_a_full_channel_makes_its_writer_wait():
