@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -363,11 +364,20 @@ def test_triggers_behind_a_hung_one_are_rejected_in_time_and_not_fired_late(tiny
 
 
 def test_too_many_failures_end_the_process_and_leave_nothing_open(tiny_bundle, tmp_path):
+    images = []
+
     class Broken(SyntheticCamera):
+        """Delivers one frame and fails with the next; what it lent does not stay behind."""
+
         live = True
 
         def grab(self, timeout_s):
-            raise RuntimeError("a fault in the driver")
+            if self._count:
+                raise RuntimeError("a fault in the driver")
+            while not (frames := super().grab(timeout_s)):
+                pass
+            images.append(weakref.ref(frames[0].image))
+            return frames
 
     config = unheard("broken", tiny_bundle, tmp_path)
     station = Station(config, camera_for=lambda settings: Broken(settings.camera))
@@ -375,6 +385,8 @@ def test_too_many_failures_end_the_process_and_leave_nothing_open(tiny_bundle, t
         station.run()
     assert station.events.counts()["worker"] == 8
     assert station.tally.totals().in_flight == 0
+    assert len(images) == 8
+    assert sum(image() is not None for image in images) <= 2, "the last one, and the one that it is compared with"
 
 
 def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny_bundle, tmp_path, monkeypatch):
