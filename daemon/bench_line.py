@@ -42,7 +42,7 @@ from pipeline.engine import Precision, RawMaps
 from pipeline.engine_cpu import cpu_precisions
 from pipeline.engines import EngineChoice
 from pipeline.geometry import Geometry
-from pipeline.machine import describe_machine
+from pipeline.machine import describe_machine, usable_cores
 
 STATION = "bench"
 _DIFFERENT_PARTS = 16
@@ -319,7 +319,7 @@ def bench_pipeline(
         loaded = {**config, **_QUIET, "camera": camera, "on_overload": "invalid"}
         with bench_station(folder / f"at {load_fps}", loaded, "--playback") as station:
             results.append(_result(station.measure(frames, warm_up), load_fps))
-    machine = {**describe_machine(config["device"]), "engine_threads": config.get("threads") or _cores()}
+    machine = {**describe_machine(config["device"]), "engine_threads": config.get("threads") or usable_cores()}
     return {"machine": machine, "results": [*results, _result(saturated, None)]}
 
 
@@ -398,7 +398,7 @@ def bench_scaling(
             sides.append(Side("cpu", precision, "small", geometry, None))
     timed = bench_engine(sides, seconds, lambda _done, _total: None, limits=False)
     results = [{"kind": "image_size", **result} for result in timed["results"]]
-    cores = _cores()
+    cores = usable_cores()
     camera = {"driver": "synthetic", "width": 640, "height": 480, "pixel_format": "Mono8"}
     for count in range(1, stations + 1):
         threads = max(1, cores // count)
@@ -417,10 +417,6 @@ def bench_scaling(
         facts = {"kind": "stations", "stations": count, "threads": threads, "precision": found[0].precision}
         results.append({**facts, **together})
     return {"machine": timed["machine"], "results": results}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 _QUIET: dict[str, Any] = {"log": {"level": "warning"}, "images": False}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import queue
 import secrets
 import threading
@@ -48,6 +47,7 @@ from drivers.catalog import make_camera
 from pipeline.bundle import Bundle, BundleError, read_bundle
 from pipeline.engines import EngineChoice, EngineUnavailable, frame_memory
 from pipeline.inspect import Inspection, Inspector, Outcome, Reason
+from pipeline.machine import usable_cores
 
 _HEALTH_PERIOD_S = 1.0
 _DEFAULT_DEADLINE_MS = 5000.0
@@ -252,7 +252,7 @@ class Station:
 
     def _limit_threads(self) -> None:
         """Leave other cores to others in preprocessing, too."""
-        cv2.setNumThreads(self._config.threads or len(os.sched_getaffinity(0)))
+        cv2.setNumThreads(self._config.threads or usable_cores())
 
     # Starting
 

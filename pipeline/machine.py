@@ -29,13 +29,18 @@ def describe_machine(device: str = "cpu") -> dict[str, str | int]:
     return {
         "machine": platform.machine(),
         "processor": _of_processor("model name") or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **versions,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def processor_flags() -> set[str]:
