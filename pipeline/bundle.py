@@ -79,7 +79,7 @@ class PrecisionCalibration:
     largest_deviation: float
     """Of a score from float32's, as a share of what is tolerated, over good images and pasted anomalies."""
     infer_ms: float
-    """Median on the machine that calibrated."""
+    """Shortest on the machine that calibrated."""
 
     @property
     def trusted(self) -> bool:
