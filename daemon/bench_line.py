@@ -93,15 +93,7 @@ class Playback:
             return []
         image = self._parts[self._count % _DIFFERENT_PARTS]
         self._count += 1
-        return [
-            Frame(
-                FrameStatus.COMPLETE,
-                "playback",
-                image=image,
-                pixel_format=self._options.pixel_format,
-                lasting=True,
-            )
-        ]
+        return [Frame(FrameStatus.COMPLETE, "playback", image=image, pixel_format=self._options.pixel_format)]
 
     def signal_pass(self) -> None:
         """Never asked."""

@@ -44,7 +44,7 @@ def next_frame(camera: Camera, wait_s: float) -> Frame:
         if frames:
             frame = frames[-1]
             # The driver's memory is gone with the next grab.
-            return frame if frame.image is None else replace(frame, image=frame.image.copy(), lasting=True)
+            return frame if frame.image is None else replace(frame, image=frame.image.copy())
     why = "is the trigger connected?" if camera.fires is Fires.ITSELF else "the camera is not ready for a trigger"
     raise CameraError(f"no frame within {wait_s:.0f} s; {why}")
 

@@ -41,8 +41,8 @@ class Slot:
 class FrameRing:
     """A fixed number of slots, leased by acquisition and given back once their frame is judged.
 
-    A lasting image stays where it is. Acquisition lets go of it, so that the driver has its memory back in the
-    thread that grabs.
+    An image that the driver lends stays where it is. Acquisition lets go of it, so that the driver has its memory
+    back in the thread that grabs.
     """
 
     def __init__(self, slots: int, allocate: Allocate | None) -> None:
@@ -81,7 +81,7 @@ class FrameRing:
         if frame.image is None:
             raise AssertionError("a frame without an image needs no slot")
         with self._changed:
-            if frame.lasting and len(self._borrowing) < self._lends:
+            if len(self._borrowing) < self._lends:
                 self._borrowing.add(slot)
                 slot.lent = frame.image
                 return
@@ -107,7 +107,7 @@ class FrameRing:
             self._borrowing.discard(slot)
 
     def return_loans(self) -> None:
-        """Let go of lasting images that are not needed any more; for the thread that grabs."""
+        """Let go of lent images that are not needed any more; for the thread that grabs."""
         with self._changed:
             returned, self._to_return = self._to_return, []
         returned.clear()  # outside the lock: this may call the driver

@@ -50,7 +50,10 @@ class CameraInfo:
     pixel_format: PixelFormat | None = None
     """None where frames vary in format."""
     lends: int = 0
-    """Frames that may be kept as they are at one time (`Frame.lasting`)."""
+    """Frames that may be kept as they are at one time; 0: each image is valid until the next grab only.
+
+    An image that is lent stays while anyone refers to it; then the driver has its memory again.
+    """
 
     @property
     def frame_bytes(self) -> int:
@@ -95,7 +98,7 @@ class Camera(Protocol):
 
         Returns an empty list when nothing came, one frame as a rule, and more where the camera's
         counter shows that frames were lost before this one. Images stay valid until the next call,
-        lasting ones while anyone refers to them.
+        those of a camera that lends them while anyone refers to them.
         Raises CameraLost when the camera must be reopened and EndOfStream after the last frame.
         """
         ...

@@ -106,7 +106,7 @@ class Frame:
     source: str
     """File name, or the camera's serial number."""
     image: Image | None = None
-    """(height, width) or (height, width, 3) in `pixel_format`; valid until the driver's next grab, or `lasting`."""
+    """(height, width) or (height, width, 3) in `pixel_format`; valid as long as its driver says (`Camera.grab`)."""
     pixel_format: PixelFormat | None = None
     device_id: int | None = None
     """The camera's own counter."""
@@ -120,8 +120,6 @@ class Frame:
     """Host wall clock (UTC, Unix epoch) at the grab."""
     grabbed_ns: int = 0
     """Host monotonic clock when the frame lay in its ring slot; 0 before that."""
-    lasting: bool = False
-    """The image stays as it is while anyone refers to it; then the driver has its memory again."""
     sequence: int = 0
     """The station's number, from 1 and gapless; 0 until the station has numbered it."""
 

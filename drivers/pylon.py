@@ -363,7 +363,6 @@ class PylonCamera:
                 device_id=device_id,
                 device_timestamp_ns=int(result.TimeStamp * self._tick_ns) or None,
                 arrived_ns=arrived_ns,
-                lasting=True,
             )
         )
         return frames

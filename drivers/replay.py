@@ -15,14 +15,7 @@ import numpy as np
 from natsort import natsorted, ns
 from pydantic import Field, field_validator
 
-from drivers.camera import (
-    NEW_IMAGES,
-    CameraError,
-    CameraInfo,
-    EndOfStream,
-    Fires,
-    Options,
-)
+from drivers.camera import NEW_IMAGES, CameraError, CameraInfo, EndOfStream, Fires, Options
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 
@@ -238,7 +231,6 @@ class ReplayCamera:
             pixel_format=pixel_format,
             device_id=index,
             arrived_ns=arrived_ns,
-            lasting=True,
         )
 
     def _play_video(self, path: Path) -> Iterator[Frame]:
@@ -260,7 +252,6 @@ class ReplayCamera:
                         device_id=index,
                         device_timestamp_ns=int(timestamp_ms * 1e6),
                         arrived_ns=arrived_ns,
-                        lasting=True,
                     )
                     index += 1
                 if index < promised:

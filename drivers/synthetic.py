@@ -13,14 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from drivers.bayer import mosaic
-from drivers.camera import (
-    NEW_IMAGES,
-    CameraInfo,
-    CameraLost,
-    EndOfStream,
-    Fires,
-    Options,
-)
+from drivers.camera import NEW_IMAGES, CameraInfo, CameraLost, EndOfStream, Fires, Options
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 
@@ -271,7 +264,6 @@ class SyntheticCamera:
                 device_id=index,
                 device_timestamp_ns=arrived_ns,
                 arrived_ns=arrived_ns,
-                lasting=True,
             )
         ]
 

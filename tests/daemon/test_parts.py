@@ -99,18 +99,18 @@ class Lent(np.ndarray):
     """An image in the driver's memory."""
 
 
-def lasting(number):
+def lent(number):
     image = np.full((2, 3), number, np.uint8).view(Lent)
-    return Frame(FrameStatus.COMPLETE, "cam", image=image, lasting=True), weakref.ref(image)
+    return Frame(FrameStatus.COMPLETE, "cam", image=image), weakref.ref(image)
 
 
-def test_lasting_images_stay_where_they_are_and_are_let_go_of_by_the_thread_that_grabs():
+def test_lent_images_stay_where_they_are_and_are_let_go_of_by_the_thread_that_grabs():
     ring = FrameRing(4, None)
     ring.reserve(6, lends=2)
     slots = [ring.lease(0) for _ in range(3)]
     memory = []
     for number, slot in enumerate(slots):
-        frame, driver_memory = lasting(number)
+        frame, driver_memory = lent(number)
         ring.keep(slot, frame)
         assert (frame.image is driver_memory()) == (number < 2), "no more are lent: copied"
         np.testing.assert_array_equal(frame.image, np.full((2, 3), number))
@@ -122,7 +122,7 @@ def test_lasting_images_stay_where_they_are_and_are_let_go_of_by_the_thread_that
     assert memory[0]() is not None, "the engine's thread does not call the driver"
     ring.return_loans()
     assert [one() is None for one in memory] == [True, False, True]
-    frame, driver_memory = lasting(3)
+    frame, driver_memory = lent(3)
     ring.keep(ring.lease(0), frame)
     assert frame.image is driver_memory(), "there is room for a loan again"
 
@@ -131,7 +131,7 @@ def test_what_a_hung_engine_holds_stays_while_it_holds_it():
     ring = FrameRing(2, None)
     ring.reserve(6, lends=1)
     slot = ring.lease(0)
-    frame, driver_memory = lasting(5)
+    frame, driver_memory = lent(5)
     ring.keep(slot, frame)
     held = frame.image
     frame.forget_image()
@@ -139,7 +139,7 @@ def test_what_a_hung_engine_holds_stays_while_it_holds_it():
     ring.return_loans()
     assert ring.free_slots == 2
     assert driver_memory() is held
-    ring.keep(ring.lease(0), lasting(6)[0])
+    ring.keep(ring.lease(0), lent(6)[0])
     np.testing.assert_array_equal(held, np.full((2, 3), 5))
     del held
     assert driver_memory() is None
@@ -150,7 +150,7 @@ def test_a_driver_that_does_not_answer_gets_nothing_back():
     ring.reserve(6, lends=2)
     slots, memory = [ring.lease(0) for _ in range(2)], []
     for number, slot in enumerate(slots):
-        frame, driver_memory = lasting(number)
+        frame, driver_memory = lent(number)
         ring.keep(slot, frame)
         memory.append(driver_memory)
     del frame
@@ -159,7 +159,7 @@ def test_a_driver_that_does_not_answer_gets_nothing_back():
     ring.give_back(slots[1])
     ring.return_loans()
     assert all(one() is not None for one in memory)
-    frame, driver_memory = lasting(2)
+    frame, driver_memory = lent(2)
     ring.keep(ring.lease(0), frame)
     assert frame.image is driver_memory(), "the next camera lends as many"
 
@@ -168,7 +168,7 @@ def test_memory_that_an_engine_wants_frames_in_is_copied_into():
     allocated = []
     ring = FrameRing(1, lambda size: allocated.append(size) or np.empty(size, np.uint8))
     ring.reserve(6, lends=5)
-    frame, driver_memory = lasting(7)
+    frame, driver_memory = lent(7)
     ring.keep(ring.lease(0), frame)
     assert allocated == [6]
     assert driver_memory() is None
