@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from calibrate.allocator import keep_freed_memory
 from calibrate.backbone import ResNetFeatures
 from calibrate.distill import STATISTICS_BATCHES, distill
 from calibrate.distill import STEPS as DISTILLATION_STEPS
 from calibrate.foreign import ImportFailed, read_state
 from calibrate.layouts import DatasetError, ImageFile
+from calibrate.memory import keep_freed_memory
 from calibrate.options import Precision
 from calibrate.patches import (
     SCENE_MARKS,

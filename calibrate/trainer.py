@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calibrate.allocator import keep_freed_memory
 from calibrate.augment import augment, natural_image, read_natural_image, turn
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages
 from calibrate.layouts import DatasetError, ImageFile
 from calibrate.losses import Losses, efficientad_losses
+from calibrate.memory import convolution_layout, keep_freed_memory
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
 from calibrate.teacher import (
@@ -27,7 +27,7 @@ from calibrate.teacher import (
 from drivers.replay import list_images
 from pipeline.bundle import sha256_hex
 from pipeline.geometry import Tile
-from pipeline.networks import EfficientAD
+from pipeline.networks import TEACHER_CHANNELS, EfficientAD
 
 WEIGHT_DECAY = 1e-5
 LATE_LEARNING_RATE_FACTOR, LATE_FROM_SHARE = 0.1, 0.95
@@ -69,10 +69,11 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.manual_seed(options.seed)
         self.model = EfficientAD(options.size, options.geometry).to(device)
-        if device.type == "cpu":
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._layout = convolution_layout(device)
+        self.model = self.model.to(memory_format=self._layout)  # type: ignore[call-overload]
         learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
         self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+        self._trunks: dict[int, Tensor] = {}
         self._features: dict[int, Tensor] = {}
         self._cacheable = self._cacheable_features(cache.room_bytes)
 
@@ -105,14 +106,17 @@ class Trainer:
         )
         return chosen
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _features_of(self, indices: Iterable[int], on_image: Callable[[], None]) -> Iterator[Tensor]:
         for index in indices:
             on_image()
             with self._autocast():
-                yield from teacher_features(
-                    self.model.teacher, self._tensor(self.images[index]), self.options.geometry
-                )
+                image = self._tensor(self.images[index])
+                if self._cacheable:
+                    features = self.model.teacher[-1](self._trunk(index, image))
+                    yield features[0].flatten(1).float()
+                else:
+                    yield from teacher_features(self.model.teacher, image, self.options.geometry)
 
     def step(self, step: int) -> Losses:
         """Do one training step; all its randomness follows from the seed and the step's number."""
@@ -183,30 +187,46 @@ class Trainer:
     @torch.no_grad()
     def _described(self, index: int, image: Tensor, tile: Tile) -> Tensor:
         """Return the teacher's features; those of whole, unturned images are computed once."""
+        if not self._cacheable:
+            return self.model.describe(image[:, :, tile.y_px, tile.x_px])
         known = self._features.get(index)
         if known is not None:
             return known
-        described = self.model.describe(image[:, :, tile.y_px, tile.x_px])
+        described = self.model.describe_trunk(self._trunk(index, image))
         # The teacher's normalisation is folded into its weights, so under autocast these are bfloat16 values.
         described = described.bfloat16() if self.precision == "bf16" else described
-        if len(self._features) < self._cacheable:
+        if index in self._trunks:
+            del self._trunks[index]
             self._features[index] = described
         return described
+
+    def _trunk(self, index: int, image: Tensor) -> Tensor:
+        """Return what the teacher's last convolution reads of a whole image, computed once.
+
+        Normalisation only changes that last convolution, so this holds before and after.
+        """
+        known = self._trunks.get(index)
+        if known is None:
+            known = self.model.teacher[:-1](image)
+            if len(self._trunks) + len(self._features) < self._cacheable:
+                self._trunks[index] = known
+        return known
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _tensor(self, image: Pixels) -> Tensor:
         tensor = torch.from_numpy(image)[None].to(self.device)
-        return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor.contiguous(memory_format=self._layout)
 
     def _cacheable_features(self, room_bytes: int) -> int:
-        """Return how many images' features fit into memory; on a GPU computing them is cheaper."""
+        """Return how many images' features, or what they come from, fit into memory; a GPU computes them anew."""
         options, g = self.options, self.options.geometry
         if self.device.type != "cpu" or g.is_tiled or options.turns.any:
             return 0
-        bytes_each = g.map_width * g.map_height * 384 * (2 if self.precision == "bf16" else 4)
-        return room_bytes // bytes_each
+        # Before the last convolution there are no more channels than after it, and up to 3 cells more a side.
+        numbers = TEACHER_CHANNELS * (g.map_height + 3) * (g.map_width + 3)
+        return room_bytes // (numbers * (2 if self.precision == "bf16" else 4))
 
 
 class _NaturalImages:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +14,6 @@ from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
 from pipeline.engine import Precision, Prepared, RawMaps
 from pipeline.folded import FoldedEfficientAD
-from pipeline.machine import processor_flags
 from pipeline.openvino_graph import Part, Ranges, build_graph, build_observer
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import FloatMap
@@ -24,15 +22,11 @@ CORE = ov.Core()
 """The only one of the process. Where the processor has AMX, each gives its thread a stack for signals; when two do
 not end in the reverse order of their making, one is left that is no longer there: the next Ctrl-C is a crash."""
 _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
-_INTEGER_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
-"""Without one of these an x86 processor adds products of bytes in 16 bits, and saturates."""
 
 
 def cpu_precisions() -> list[Precision]:
     """List the precisions that this processor computes in."""
     able = set(CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-    if platform.machine() in ("x86_64", "AMD64") and not _INTEGER_FLAGS & processor_flags():
-        able.discard("INT8")
     return [precision for precision, needed in _NEEDS.items() if needed in able]  # type: ignore[misc]
 
 

@@ -43,11 +43,6 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def processor_flags() -> set[str]:
-    """Return the processor's instruction sets, by Linux's names; empty where they are not told."""
-    return set(_of_processor("flags").split())
-
-
 def available_memory_mib() -> int:
     """Return how much memory can be had without swapping; a terabyte where it is not told."""
     value = _told("/proc/meminfo", "MemAvailable").split()

@@ -122,7 +122,11 @@ class EfficientAD(nn.Module):
 
     def describe(self, image: Tensor) -> Tensor:
         """Return the teacher's channel-normalised features, (N, 384, h, w), for an image or a tile."""
-        features: Tensor = self.teacher(image)
+        return self.describe_trunk(self.teacher[:-1](image))
+
+    def describe_trunk(self, trunk: Tensor) -> Tensor:
+        """Return the same from what the teacher's last convolution reads."""
+        features: Tensor = self.teacher[-1](trunk)
         return (features - self.teacher_mean[:, None, None]) / self.teacher_std[:, None, None]
 
     def autoencode(self, image: Tensor) -> Tensor:

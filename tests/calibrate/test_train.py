@@ -435,6 +435,30 @@ def test_cached_features_change_nothing(options, tmp_path):
     assert same_weights(with_cache, train(replace(options, steps=12, cache_mib=0, out=tmp_path / "b")))
 
 
+def test_the_teacher_describes_an_unaugmented_image_once(options):
+    """Layout, whitening, statistics and steps share what comes before its last convolution."""
+    good = load_good_images(options.dataset, 0.25, 0)
+    teacher = find_teacher(None, "small", 0)
+    looked = {}  # steps show the teacher augmented images, too: those do not count
+    for budget_mib in (256, 0):
+        cache = ImageCache(Preprocessor(options.preprocess), None, budget_mib)
+        trainer = Trainer(options, good, cache, torch.device("cpu"), "fp32")
+        seen: list[bytes] = []
+
+        def remember(_layer, given, _result, seen=seen):
+            seen.append(given[0].numpy().tobytes())
+
+        trainer.model.teacher[0].register_forward_hook(remember)
+        trainer.layout_share(teacher)
+        trainer.prepare_teacher(teacher, whiten=True)
+        losses = [float(trainer.step(step).hard.detach()) for step in range(len(good.train) + 3)]
+        unaugmented = {trainer.images[index].tobytes() for index in range(len(good.train))}
+        looked[budget_mib] = [image for image in seen if image in unaugmented], losses
+    assert len(looked[256][0]) == len(good.train)
+    assert len(looked[0][0]) > 3 * len(good.train)
+    assert looked[256][1] == looked[0][1]
+
+
 def test_images_that_fit_into_memory_are_decoded_once(options, monkeypatch):
     decoded: list[str] = []
 

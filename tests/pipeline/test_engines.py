@@ -5,17 +5,20 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
+from openvino import opset13 as op
 from torch import nn
 
 from pipeline import engine_cpu, engines
 from pipeline.bundle import Bundle, Model, PrecisionCalibration, read_bundle
-from pipeline.engine_cpu import CpuEngine, cpu_precisions, observe_ranges
+from pipeline.engine_cpu import CpuEngine, compile_options, cpu_precisions, observe_ranges
 from pipeline.engines import EngineUnavailable, make_engine, reduced_precisions
 from pipeline.folded import FoldedEfficientAD
 from pipeline.geometry import Geometry
 from pipeline.inspect import Inspector
+from pipeline.openvino_graph import quantised_convolution
 from pipeline.preprocess import PreprocessSpec
 from pipeline.scoring import Quantiles
 from tests.pipeline.test_networks import seeded_model
@@ -98,6 +101,18 @@ def test_what_comes_after_the_differences_is_not_cut_off_in_integers(rng):
     (st, ae), (wanted_st, wanted_ae) = CpuEngine(wrong, 2, "int8").infer(image), maps_by_torch(networks, image)
     np.testing.assert_allclose(st, wanted_st, rtol=0.02)
     np.testing.assert_allclose(ae, wanted_ae, rtol=0.02)
+
+
+@pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integers_do_not_overflow_between_two_products(sign):
+    """As they would at full weights and inputs on a processor that adds pairs in 16 bits."""
+    given = op.parameter([1, 64, 8, 8], np.float32)
+    weight = np.full((64, 64, 3, 3), sign, np.float32)
+    graph = ov.Model([quantised_convolution(op.relu(given), weight, 1.0)], [given], "full")
+    request = engine_cpu.CORE.compile_model(graph, "CPU", compile_options("int8", 1)).create_infer_request()
+    (found,) = request.infer([np.ones((1, 64, 8, 8), np.float32)]).values()
+    np.testing.assert_allclose(found, sign * 64 * 9, rtol=0.005)
 
 
 @pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
