@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import cast
 
@@ -17,6 +18,7 @@ from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer
 
 _FIRST_FRAME_S = 10.0
+_TIMED = 5
 
 
 class CheckFailed(Exception):
@@ -59,12 +61,34 @@ def check_station(config: StationConfig) -> Iterator[str]:
         raise CheckFailed(f"the frame is INVALID/{inspection.reason.value}: {inspection.detail}")
     if (engine.device, engine.precision) != ("cpu", "fp32"):
         yield _check_precision(bundle, engine, frame, inspection)
+    yield _check_speed(config, engine, frame, live=camera.live)
     judged_by = inspector.bundle
     yield f"threshold: {inspector.threshold:.4f}, calibration {judged_by.calibration_id}"
     yield (
         f"verdict: {inspection.outcome.value}, score {inspection.score:.4f}, {len(inspection.regions)} regions, "
         f"preprocess {inspection.preprocess_ns / 1e6:.1f} ms, infer {inspection.infer_ns / 1e6:.1f} ms"
     )
+
+
+def _check_speed(config: StationConfig, engine: Engine, frame: Frame, *, live: bool) -> str:
+    """Hold the time that a part takes against the deadline and what counts as hung. Raises CheckFailed."""
+    assert frame.image is not None
+    assert frame.pixel_format is not None
+    maps = [engine.raw_maps(frame.image, frame.pixel_format) for _ in range(_TIMED)]
+    took_ms = statistics.median(found.preprocess_ns + found.infer_ns for found in maps) / 1e6
+    deadline_ms, hang_s = config.deadline_ms(live=live), config.supervision.hang_s
+    too_short = None
+    if deadline_ms is not None and took_ms >= deadline_ms:
+        too_short = f"verdict.deadline_ms is {deadline_ms:g}: every part would be INVALID/deadline"
+    elif took_ms >= 1000 * hang_s:
+        too_short = f"supervision.hang_s is {hang_s:g}: every part would count as hung"
+    if too_short is not None:
+        raise CheckFailed(
+            f"a part takes the engine {took_ms:.1f} ms, and {too_short}; raise it, or train with --size small, a "
+            "smaller --image-size, or on this machine, for the precisions that it has"
+        )
+    deadline = "no deadline" if deadline_ms is None else f"deadline {deadline_ms:g} ms"
+    return f"speed: {took_ms:.1f} ms a part, up to {1000 / took_ms:.1f} parts a second; {deadline}"
 
 
 def _check_precision(bundle: Bundle, engine: Engine, frame: Frame, inspection: Inspection) -> str:

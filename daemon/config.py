@@ -29,6 +29,7 @@ def _check_bundle(path: Path) -> Path:
 
 
 _LIMITS = PlausibleLimits()
+_DEFAULT_DEADLINE_MS = 5000.0
 
 
 class PlausibleConfig(Section):
@@ -116,6 +117,16 @@ class StationConfig(Addresses):
     images: ImagesConfig | Literal[False] = ImagesConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     log: LogConfig = LogConfig()
+
+    def waits(self, *, live: bool) -> bool:
+        """Tell whether the camera waits for the engine; `live`: whether it is one that cannot be held up."""
+        if self.on_overload is not None:
+            return self.on_overload == "wait"
+        return not live and self.verdict.deadline_ms is None
+
+    def deadline_ms(self, *, live: bool) -> float | None:
+        """Return the time from trigger or grab to verdict; None where the camera waits for the engine."""
+        return None if self.waits(live=live) else self.verdict.deadline_ms or _DEFAULT_DEADLINE_MS
 
     def make_engine(self, bundle: Bundle) -> EngineChoice:
         """Make the engine that this station is to judge with. Raises EngineUnavailable."""

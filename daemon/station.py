@@ -50,7 +50,6 @@ from pipeline.inspect import Inspection, Inspector, Outcome, Reason
 from pipeline.machine import usable_cores
 
 _HEALTH_PERIOD_S = 1.0
-_DEFAULT_DEADLINE_MS = 5000.0
 _CONTROL_ITEMS = 8
 """Room in the engine's channel beside its frames, which the ring limits."""
 _ENGINE_BUILT_WITHIN_S = 180.0
@@ -183,15 +182,10 @@ class Station:
     # Making the parts
 
     def _deadline_ms(self) -> float | None:
-        if self._waits():
-            return None
-        return self._config.verdict.deadline_ms or _DEFAULT_DEADLINE_MS
+        return self._config.deadline_ms(live=self._camera.live)
 
     def _waits(self) -> bool:
-        config = self._config
-        if config.on_overload is not None:
-            return config.on_overload == "wait"
-        return not self._camera.live and config.verdict.deadline_ms is None
+        return self._config.waits(live=self._camera.live)
 
     def _engine_channel(self) -> Channel[Grabbed | Probe | Swap]:
         return Channel(self._config.slots + _CONTROL_ITEMS)

@@ -56,9 +56,16 @@ def test_check_opens_everything_and_says_what_it_found(config):
     done = inspectord("check", "-c", config())
     assert done.returncode == 0, done.stderr
     words = [line.split(":")[0] for line in done.stdout.splitlines() if not line.startswith("precision")]
-    assert words == ["configuration", "bundle", "engine", "camera", "frame", "threshold", "verdict"]
+    assert words == ["configuration", "bundle", "engine", "camera", "frame", "speed", "threshold", "verdict"]
     assert "input 64x64 px, map 8x8" in done.stdout
     assert "96x96 px, BGR8" in done.stdout
+
+
+def test_check_refuses_a_deadline_that_the_engine_cannot_meet(config):
+    done = inspectord("check", "-c", config(verdict={"deadline_ms": 0.1}))
+    assert done.returncode == 1
+    assert "verdict.deadline_ms is 0.1: every part would be INVALID/deadline" in done.stderr
+    assert "--size small" in done.stderr
 
 
 @pytest.mark.parametrize("trigger", ["software", "command"])
