@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from calibrate.augment import augment
+from calibrate.device import device_of, resolve_precision
+from calibrate.listener import Listener
 from calibrate.options import TrainOptions
 from calibrate.teacher import find_teacher
-from calibrate.train import Listener, device_of, good_images, image_cache, resolve_precision
+from calibrate.train import good_images, image_cache
 from calibrate.trainer import WEIGHT_DECAY, Trainer
 from drivers.replay import read_image
 from pipeline.machine import describe_machine

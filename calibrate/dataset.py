@@ -6,14 +6,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from calibrate.layouts import DatasetError, ImageFile, Layout, training_files
+from calibrate.layouts import DatasetError, ImageFile, Layout, read_labels, training_files
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.replay import decode_image, described_format, format_of, read_image
 from pipeline.engine import Prepared
-from pipeline.preprocess import Preprocessor, correction_for
+from pipeline.preprocess import Preprocessor, check_correction, correction_for
 
 MAX_CORRUPT_SHARE = 0.05
 
@@ -190,3 +191,25 @@ class PreparedImages(Sequence[Prepared]):
     def __getitem__(self, index: int) -> Prepared:  # type: ignore[override]
         """Return (3, height, width) float32. Raises DatasetError naming the file that does not fit."""
         return self._cache.prepared(self.files[index])
+
+
+def load_correction(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Load a dark frame or flat field: an image or a .npy of raw values; colour becomes R, G, B.
+
+    Raises DatasetError.
+    """
+    try:
+        if path.suffix == ".npy":
+            array = np.asarray(np.load(path, allow_pickle=False), np.float32)
+        else:
+            image = decode_image(path)
+            array = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image, np.float32)
+        check_correction(array)
+    except (OSError, EOFError, ValueError) as error:
+        raise DatasetError(f"{path.absolute()}: {error}") from error
+    return array
+
+
+def load_mask(path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Load an ignore mask: a grey PNG in full-frame pixels, ignored where not black. Raises DatasetError."""
+    return np.asarray(read_labels(path) > 0)

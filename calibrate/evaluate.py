@@ -18,7 +18,8 @@ from calibrate.metrics import ImageMetrics, PixelMetrics, PixelTally, Rate, imag
 from drivers.frame import PixelFormat
 from pipeline.bundle import Bundle
 from pipeline.engines import DeviceChoice, PrecisionChoice, make_engine
-from pipeline.inspect import Inspector, Outcome
+from pipeline.inspect import Inspector
+from pipeline.inspection import Outcome
 from pipeline.plausible import PlausibleLimits
 from pipeline.scoring import FloatMap, Scorer
 

@@ -8,10 +8,10 @@ import torch
 
 from calibrate.dataset import PreparedImages
 from calibrate.foreign import ForeignModel, ImportFailed
+from calibrate.listener import Listener
 from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
 from calibrate.train import (
-    Listener,
     calibrated,
     good_images,
     image_cache,

@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from calibrate.allocator import keep_freed_memory
 from calibrate.backbone import ResNetFeatures
+from calibrate.device import device_of, resolve_precision
 from calibrate.distill import STATISTICS_BATCHES, distill
 from calibrate.distill import STEPS as DISTILLATION_STEPS
 from calibrate.foreign import ImportFailed, read_state
 from calibrate.layouts import DatasetError, ImageFile
-from calibrate.memory import keep_freed_memory
+from calibrate.listener import Listener, TrainingError
 from calibrate.options import Precision
 from calibrate.patches import (
     SCENE_MARKS,
@@ -41,7 +43,6 @@ from calibrate.patches import (
 )
 from calibrate.procedural import FIELDS, SHAPES
 from calibrate.teacher import Teacher, fold_into_last, whitening, write_teacher
-from calibrate.train import Listener, TrainingError, device_of, resolve_precision
 from drivers.replay import list_images
 from pipeline.geometry import RECEPTIVE_FIELD_PX
 from pipeline.networks import TEACHER_CHANNELS, PdnSize, pdn

@@ -7,7 +7,6 @@ import importlib.metadata
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +22,20 @@ from calibrate.checkpoint import (
     save_checkpoint,
 )
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages, load_good_images
-from calibrate.layouts import DatasetError, ImageFile, read_labels
+from calibrate.device import device_of, resolve_precision
+from calibrate.layouts import ImageFile
+from calibrate.listener import Listener, TrainingError, TrainingStopped
 from calibrate.normalize import choose_threshold, map_quantiles, score_maps
-from calibrate.options import Precision, TrainOptions
+from calibrate.options import TrainOptions
 from calibrate.report import TrainingRecord, write_training_report
 from calibrate.teacher import Teacher, find_teacher
 from calibrate.trainer import Trainer
 from drivers.frame import Image, PixelFormat
-from drivers.replay import decode_image
 from pipeline.bundle import Bundle, Model, is_bundle, sha256_hex, write_bundle
 from pipeline.engine import Prepared, RawMaps
 from pipeline.engines import make_float_engine
 from pipeline.machine import available_memory_mib
-from pipeline.preprocess import Preprocessor, check_correction
+from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer, combine_maps
 
 RECIPE = 2
@@ -60,33 +60,6 @@ _BEFORE_STEPS = "before the first step"
 _LOSS_POINTS = 400
 """Points of the report's loss curves."""
 _WHILE_CALIBRATING = "while calibrating; the same command does that anew"
-
-
-class TrainingError(Exception):
-    """Training cannot begin or go on; the message says why and what to change."""
-
-
-class TrainingStopped(Exception):
-    """The work was asked to stop; the message says where, and what is left of it."""
-
-
-class Listener:
-    """Hears what training says; the command line prints it, tests need not."""
-
-    def say(self, message: str) -> None:
-        """Tell a fact that the user should know."""
-
-    def step(self, done: int, total: int, losses: dict[str, float]) -> None:
-        """Tell how far training is."""
-
-    def should_stop(self) -> bool:
-        """Return True to end as soon as that can be done cleanly."""
-        return False
-
-    def go_on(self, where: str) -> None:
-        """Raise TrainingStopped, with where it was and what is left of it, when the work is to end."""
-        if self.should_stop():
-            raise TrainingStopped(f"stopped {where}")
 
 
 def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
@@ -452,42 +425,3 @@ def _tell_of_images(good: GoodImages, listener: Listener) -> None:
             f"only {count} different images: expect defects like the training images' own differences to escape, "
             f"and about 1 good part in {len(good.held_out) + 1} to be rejected; photograph at least 20, better 100"
         )
-
-
-def device_of(choice: str) -> torch.device:
-    """Resolve `auto`, `cpu` or `cuda`. Raises TrainingError."""
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
-    return torch.device("cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(choice: Precision, device: torch.device) -> str:
-    """Resolve `auto`: bfloat16 where the hardware multiplies it natively, else float32."""
-    if choice != "auto":
-        return choice
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
-
-
-def load_correction(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Load a dark frame or flat field: an image or a .npy of raw values; colour becomes R, G, B.
-
-    Raises DatasetError.
-    """
-    try:
-        if path.suffix == ".npy":
-            array = np.asarray(np.load(path, allow_pickle=False), np.float32)
-        else:
-            image = decode_image(path)
-            array = np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image, np.float32)
-        check_correction(array)
-    except (OSError, EOFError, ValueError) as error:
-        raise DatasetError(f"{path.absolute()}: {error}") from error
-    return array
-
-
-def load_mask(path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Load an ignore mask: a grey PNG in full-frame pixels, ignored where not black. Raises DatasetError."""
-    return np.asarray(read_labels(path) > 0)

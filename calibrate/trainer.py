@@ -9,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calibrate.allocator import keep_freed_memory
 from calibrate.augment import augment, natural_image, read_natural_image, turn
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages
+from calibrate.device import convolution_layout
 from calibrate.layouts import DatasetError, ImageFile
 from calibrate.losses import Losses, efficientad_losses
-from calibrate.memory import convolution_layout, keep_freed_memory
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
 from calibrate.teacher import (

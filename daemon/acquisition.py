@@ -19,7 +19,7 @@ from daemon.ring import FrameRing, Slot
 from daemon.supervision import Backoff, Call
 from drivers.camera import Camera, CameraError, CameraLost, EndOfStream, Fires
 from drivers.frame import Frame, FrameStatus
-from pipeline.inspect import Inspection, Outcome, Reason
+from pipeline.inspection import Inspection, Outcome, Reason
 
 GRAB_TIMEOUT_S = 0.1
 _REOPENS_AFTER_HANG = 5

@@ -21,7 +21,7 @@ from daemon.events import EventKind, Events
 from daemon.images import ImageFormat, Picture, encode_image, write_picture
 from daemon.ledger import Entry, Ledger
 from drivers.frame import Image, PixelFormat
-from pipeline.inspect import Inspection, Outcome
+from pipeline.inspection import Inspection, Outcome
 from pipeline.overlay import overlay_of
 
 _WAITING_BYTES = 256 << 20

@@ -13,7 +13,8 @@ from drivers.catalog import make_camera
 from drivers.frame import Frame
 from pipeline.bundle import Bundle, read_bundle
 from pipeline.engine import CalibratedEngine, Engine
-from pipeline.inspect import Inspection, Inspector
+from pipeline.inspect import Inspector
+from pipeline.inspection import Inspection
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer
 

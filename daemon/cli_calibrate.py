@@ -94,10 +94,9 @@ def train(
 ) -> None:
     """Train a bundle on good images; the same command goes on after Ctrl-C or a crash."""
     with clear_errors():
+        from calibrate.dataset import load_correction, load_mask
         from calibrate.losses import LossOptions
         from calibrate.options import PRESETS, TrainOptions, Turns
-        from calibrate.train import load_correction, load_mask
-        from calibrate.train import train as train_bundle
         from daemon.progress import ConsoleListener
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
@@ -143,6 +142,9 @@ def train(
             restart=restart,
             overwrite=overwrite,
         )
+        # Only now: statistics and plots take a second to load, and a wrong option should be said at once.
+        from calibrate.train import train as train_bundle
+
         with ConsoleListener() as listener:
             bundle = train_bundle(options, listener)
         bound = bundle.calibration["false_reject_bound"]

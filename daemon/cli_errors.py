@@ -26,7 +26,7 @@ EXIT_CODES = {
             "calibrate.foreign.ImportFailed",
             "calibrate.layouts.DatasetError",
             "calibrate.teacher.TeacherError",
-            "calibrate.train.TrainingError",
+            "calibrate.listener.TrainingError",
             "daemon.journal.JournalError",
             "daemon.keys.KeysError",
             "daemon.yaml_errors.ConfigError",
@@ -54,7 +54,7 @@ EXIT_CODES = {
         ),
         EXIT_FAILED,
     ),
-    "calibrate.train.TrainingStopped": EXIT_INTERRUPTED,
+    "calibrate.listener.TrainingStopped": EXIT_INTERRUPTED,
     "builtins.KeyboardInterrupt": EXIT_INTERRUPTED,
 }
 """By name, so that `inspectord ctl` need not import what only training can raise."""

@@ -25,6 +25,8 @@ _HEARTBEAT_MS, _GONE_AFTER_MS = 1000, 3000
 """Without them a network that falls silent (power cut, switch) is never noticed by who only listens."""
 _ANSWER_S = 2.0
 """After so long a request is sent again: the daemon may have been restarted in between."""
+_CONNECTS_S = 10.0
+"""A daemon that runs takes a connection long before that; answers may take longer."""
 _LOOK_UP_MS = 100
 _AHEAD = 100_000
 """Live verdicts that are kept while those before them are being asked for."""
@@ -277,8 +279,13 @@ class Control:
         deadline_s = time.monotonic() + timeout_s
         while self._socket.poll(0):  # answers to questions that nobody waits for any more
             self._socket.recv_multipart()
-        if self._socket.poll(int(timeout_s * 1000), zmq.POLLOUT):
+        self._socket.poll(int(min(timeout_s, _CONNECTS_S) * 1000), zmq.POLLOUT)
+        try:
             self._socket.send_multipart([body], flags=zmq.DONTWAIT)
+        except zmq.Again:
+            raise RequestFailed(
+                f"no answer from {self._endpoint}: nothing takes the connection; does the daemon run, and ask for keys?"
+            ) from None
         while (left_s := deadline_s - time.monotonic()) > 0:
             if not self._socket.poll(int(left_s * 1000) + 1):
                 break
@@ -290,7 +297,7 @@ class Control:
                 raise RequestFailed(reply["error"])
             return reply["result"], more[0] if more else None
         raise RequestFailed(
-            f"no answer from {self._endpoint} within {timeout_s:g} s; does the daemon run, and ask for keys?"
+            f"no answer from {self._endpoint} within {timeout_s:g} s, though it is connected; see its log"
         )
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from daemon.yaml_errors import ConfigError
 from drivers.catalog import CameraOptions
 from pipeline.bundle import MANIFEST, Bundle
 from pipeline.engines import DeviceChoice, EngineChoice, PrecisionChoice, make_engine
-from pipeline.inspect import Outcome
+from pipeline.inspection import Outcome
 from pipeline.plausible import PlausibleLimits
 
 

@@ -17,7 +17,7 @@ from daemon.ledger import JudgedBy
 from daemon.messages import HEALTH_SCHEMA, CameraHealth, HealthMessage, ImagesHealth, JournalHealth, rfc3339
 from daemon.publishing import Publishing
 from daemon.tally import Tally, Totals
-from pipeline.inspect import Outcome
+from pipeline.inspection import Outcome
 
 _RATE_WINDOW_S = 5.0
 

@@ -15,7 +15,8 @@ from daemon.ledger import Entry, JudgedBy, Ledger
 from daemon.ring import FrameRing, Slot
 from daemon.supervision import Call
 from drivers.frame import Image
-from pipeline.inspect import Inspection, Inspector, Outcome, Reason
+from pipeline.inspect import Inspector
+from pipeline.inspection import Inspection, Outcome, Reason
 
 _ENGINE_ERRORS_IN_A_ROW = 3
 """So many make the engine be built anew: a device that has lost its context fails for ever."""

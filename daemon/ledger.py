@@ -13,7 +13,7 @@ from typing import Any
 from daemon.sequence import SequenceFile
 from daemon.tally import Tally, Totals
 from drivers.frame import Frame, FrameStatus
-from pipeline.inspect import Inspection, Outcome, Reason
+from pipeline.inspection import Inspection, Outcome, Reason
 
 _CAPACITY = 4096
 """Numbers without a verdict; beyond that acquisition waits."""

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from drivers.frame import Frame
-from pipeline.inspect import Inspection
+from pipeline.inspection import Inspection
 from pipeline.scoring import FloatMap
 
 VERDICT_SCHEMA = "inspectord.verdict/1"

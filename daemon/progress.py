@@ -12,7 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from calibrate.train import Listener
+from calibrate.listener import Listener
 
 _LINE_PERIOD_S = 10.0
 """How often progress is written where there is no terminal."""

@@ -31,7 +31,7 @@ from daemon.messages import (
 )
 from daemon.sockets import Bound, Context, Socket, bound
 from daemon.tally import Tally
-from pipeline.inspect import Inspection, Outcome, Reason
+from pipeline.inspection import Inspection, Outcome, Reason
 
 _VERDICT_HIGH_WATER_MARK = 20_000
 """Messages kept for a subscriber that reads too slowly, before it loses the newest."""

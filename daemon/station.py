@@ -46,7 +46,8 @@ from drivers.camera import Camera, DriverMissing, Fires
 from drivers.catalog import make_camera
 from pipeline.bundle import Bundle, BundleError, read_bundle
 from pipeline.engines import EngineChoice, EngineUnavailable, frame_memory
-from pipeline.inspect import Inspection, Inspector, Outcome, Reason
+from pipeline.inspect import Inspector
+from pipeline.inspection import Inspection, Outcome, Reason
 from pipeline.machine import usable_cores
 
 _HEALTH_PERIOD_S = 1.0

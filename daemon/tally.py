@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.inspect import Outcome, Reason
+from pipeline.inspection import Outcome, Reason
 
 STAGES = ("grab", "queue", "preprocess", "infer", "total")
 _KEPT = 65536

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from calibrate.bench_train import bench_train
+from calibrate.listener import Listener
 from calibrate.options import TrainOptions
-from calibrate.train import Listener
 from pipeline.geometry import Geometry
 from pipeline.preprocess import PreprocessSpec
 

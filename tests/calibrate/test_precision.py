@@ -8,10 +8,11 @@ import pytest
 from calibrate import precision as calibrating
 from calibrate.dataset import ImageCache, PreparedImages
 from calibrate.layouts import ImageFile
+from calibrate.listener import Listener
 from calibrate.normalize import score_maps
 from calibrate.options import TrainOptions
 from calibrate.precision import calibrate_precisions, check_precision, paste_anomaly
-from calibrate.train import Listener, raw_maps
+from calibrate.train import raw_maps
 from drivers.replay import list_images
 from pipeline.bundle import read_bundle
 from pipeline.engine import RawMaps

@@ -12,11 +12,11 @@ from torch import nn
 from calibrate.backbone import ResNetFeatures
 from calibrate.distill import distill, patchcore_target
 from calibrate.layouts import DatasetError, ImageFile
+from calibrate.listener import Listener, TrainingError, TrainingStopped
 from calibrate.patches import draw_scenes, read_labelled
 from calibrate.pretrain import PretrainOptions, fold_batch_norm, pretrain
 from calibrate.procedural import FIELDS, MARK_LABELS, PROGRAMS, SHAPES, natural_like, program_labels, scene, texture
 from calibrate.teacher import find_teacher, read_teacher, shipped_teachers
-from calibrate.train import Listener, TrainingError, TrainingStopped
 from pipeline.networks import pdn
 
 

@@ -16,10 +16,11 @@ from calibrate.checkpoint import FILE, CheckpointError, read_progress
 from calibrate.dataset import ImageCache, PreparedImages, load_good_images
 from calibrate.evaluate import evaluate
 from calibrate.layouts import DatasetError, ImageFile, load_test_set
+from calibrate.listener import Listener, TrainingError, TrainingStopped
 from calibrate.losses import LossOptions
 from calibrate.options import TrainOptions, Turns
 from calibrate.teacher import find_teacher, layout_share
-from calibrate.train import Listener, TrainingError, TrainingStopped, train
+from calibrate.train import train
 from calibrate.trainer import Trainer
 from drivers.frame import PixelFormat
 from drivers.replay import decode_image, list_images, read_image

@@ -16,7 +16,7 @@ from daemon.ledger import Ledger, Ticket
 from daemon.sequence import SequenceFile
 from daemon.tally import Tally
 from drivers.frame import Frame, FrameStatus, PixelFormat
-from pipeline.inspect import Inspection, Outcome, Reason
+from pipeline.inspection import Inspection, Outcome, Reason
 from tests.daemon.test_journal import wait_for
 
 NG = Inspection(Outcome.NG, score=3.0, anomaly_map=np.arange(6, dtype=np.float32).reshape(2, 3))

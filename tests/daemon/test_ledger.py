@@ -12,7 +12,7 @@ from daemon.ledger import Ledger, Revoked, Ticket
 from daemon.sequence import SequenceFile
 from daemon.tally import Tally
 from drivers.frame import Frame, FrameStatus
-from pipeline.inspect import Inspection, Outcome, Reason
+from pipeline.inspection import Inspection, Outcome, Reason
 
 OK = Inspection(Outcome.OK, score=0.1)
 

@@ -17,7 +17,7 @@ from daemon.supervision import Failures, Worker
 from daemon.tally import STAGES, Tally, summarise
 from drivers.frame import Frame, FrameStatus, PixelFormat
 from pipeline.engines import frame_memory
-from pipeline.inspect import Outcome, Reason
+from pipeline.inspection import Outcome, Reason
 
 # Sequence numbers
 

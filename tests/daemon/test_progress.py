@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from calibrate.train import TrainingStopped
+from calibrate.listener import TrainingStopped
 from daemon import progress
 from daemon.progress import ConsoleListener
 

@@ -11,7 +11,8 @@ from pipeline.bundle import read_bundle
 from pipeline.engine import RawMaps
 from pipeline.engine_cpu import CpuEngine
 from pipeline.engines import EngineUnavailable, make_engine
-from pipeline.inspect import Inspector, Outcome, Reason, judge
+from pipeline.inspect import Inspector, judge
+from pipeline.inspection import Outcome, Reason
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
 from pipeline.scoring import Quantiles
 

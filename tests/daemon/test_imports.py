@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "module", ["daemon.cli", "daemon.client", "daemon.watch", "daemon.journal", "daemon.addresses"]
+)
+def test_what_only_reads_loads_no_networks(module):
+    """`watch`, `verdicts` and `ctl` are typed often, and torch alone takes seconds on a small PC."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(("torch", "openvino", "sklearn", "scipy", "matplotlib")))  # None: importing fails
+import {module}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
