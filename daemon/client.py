@@ -284,7 +284,7 @@ class Control:
             self._socket.send_multipart([body], flags=zmq.DONTWAIT)
         except zmq.Again:
             raise RequestFailed(
-                f"no answer from {self._endpoint}: nothing takes the connection; does the daemon run, and ask for keys?"
+                f"no answer from {self._endpoint}: nobody takes it; does the daemon run, and ask for keys?"
             ) from None
         while (left_s := deadline_s - time.monotonic()) > 0:
             if not self._socket.poll(int(left_s * 1000) + 1):

@@ -6,14 +6,12 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(
-    "module", ["daemon.cli", "daemon.client", "daemon.watch", "daemon.journal", "daemon.addresses"]
-)
-def test_what_only_reads_loads_no_networks(module):
+@pytest.mark.parametrize("name", ["cli", "client", "watch", "journal", "addresses"])
+def test_what_only_reads_loads_no_networks(name):
     """`watch`, `verdicts` and `ctl` are typed often, and torch alone takes seconds on a small PC."""
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys(("torch", "openvino", "sklearn", "scipy", "matplotlib")))  # None: importing fails
-import {module}
+import daemon.{name}
 """
     subprocess.run([sys.executable, "-c", code], check=True)
