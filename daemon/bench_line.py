@@ -23,7 +23,7 @@ import typer
 import yaml
 import zmq
 
-from daemon.bench_engine import Side, bench_engine
+from daemon.bench_engine import Side, bench_engine, random_networks
 from daemon.cli_errors import clear_errors, leaving_at_the_end
 from daemon.cli_options import ConfigOption
 from daemon.config import StationConfig, load_config
@@ -37,12 +37,14 @@ from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
 from drivers.pylon import PylonCamera, PylonOptions
 from drivers.synthetic import PartRenderer, SyntheticOptions
-from pipeline.bundle import Bundle
+from pipeline.bundle import Bundle, Model, write_bundle
 from pipeline.engine import Precision, RawMaps
 from pipeline.engine_cpu import cpu_precisions
 from pipeline.engines import EngineChoice
 from pipeline.geometry import Geometry
 from pipeline.machine import describe_machine, usable_cores
+from pipeline.preprocess import PreprocessSpec
+from pipeline.scoring import Quantiles
 
 STATION = "bench"
 _DIFFERENT_PARTS = 16
@@ -315,7 +317,7 @@ def bench_pipeline(
     return {"machine": machine, "results": [*results, _result(saturated, None)]}
 
 
-def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames: int) -> dict[str, Any]:
+def bench_ingest(folder: Path, width_px: int, height_px: int, frames: int, rounds: int) -> dict[str, Any]:
     """Measure everything but the engine on pylon's emulated camera: as fast as frames are taken, and at a load.
 
     At the load, journal, maps and the regions of NG parts are added one by one, in rounds, each with a station
@@ -323,6 +325,9 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
 
     Raises BenchFailed, DriverMissing.
     """
+    geometry = Geometry()
+    model = Model("small", geometry, PreprocessSpec(256, 256), random_networks("small", geometry).state_dict())
+    write_bundle(Bundle(model, Quantiles(0.0, 1.0, None, None), threshold=1.0), folder / "model")
     os.environ.setdefault("PYLON_CAMEMU", "1")
     features = {"TestImageSelector": "Testimage2", "ExposureTimeAbs": 100.0}
     camera = {
@@ -333,7 +338,7 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
         "pixel_format": "Mono8",
         "features": features,
     }
-    common = {**_QUIET, "plausible": {"frozen_frames": 0}, "model": model, "threshold": _ALL_OK}
+    common = {**_QUIET, "plausible": {"frozen_frames": 0}, "model": str(folder / "model"), "threshold": _ALL_OK}
     loaded = {**common, "camera": {**camera, "rate_fps": _INGEST_LOAD_FPS}, "on_overload": "invalid"}
     unlimited = {**camera, "features": {**features, "AcquisitionFrameRateEnable": False}}
     sides: dict[str, dict[str, Any]] = {
@@ -344,16 +349,16 @@ def bench_ingest(folder: Path, model: str, width_px: int, height_px: int, frames
         "journal, saturated": {**common, "camera": unlimited, "on_overload": "wait"},
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for turn in range(_INGEST_ROUNDS):
+    for turn in range(rounds):
         for name, config in sides.items() if turn % 2 == 0 else reversed(sides.items()):
             load_fps = None if config["on_overload"] == "wait" else _INGEST_LOAD_FPS
             if turn > 0 and load_fps is None:
                 continue  # one long run shows what memory does
-            count = frames if load_fps is None else max(1, min(frames, _LOADED_FRAMES) // _INGEST_ROUNDS)
+            count = frames if load_fps is None else max(1, min(frames, _LOADED_FRAMES) // rounds)
             with bench_station(folder / f"{turn} {name}", config, "--null-engine", maps="maps" in name) as station:
                 seen = station.measure(count, _INGEST_WARM_UP if load_fps is None else _INGEST_WARM_UP // 5)
             found[name].append({"with": name, **_result(seen, load_fps), "precision": None})
-    return {"machine": describe_machine(), "results": [_median(rounds) for rounds in found.values()]}
+    return {"machine": describe_machine(), "results": [_median(each) for each in found.values()]}
 
 
 def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -413,7 +418,7 @@ def bench_scaling(
 
 _QUIET: dict[str, Any] = {"log": {"level": "warning"}, "images": False}
 _SATURATED: dict[str, Any] = {**_QUIET, "on_overload": "wait"}
-_INGEST_WARM_UP, _INGEST_LOAD_FPS, _LOADED_FRAMES, _INGEST_ROUNDS = 300, 100.0, 2000, 3
+_INGEST_WARM_UP, _INGEST_LOAD_FPS, _LOADED_FRAMES = 300, 100.0, 2000
 _ALL_OK, _ALL_NG = 1e6, 1.0
 """Thresholds above and below the null engine's spots."""
 _EMULATED = "0815-0000"

@@ -150,6 +150,7 @@ def pipeline(
 def ingest(
     frames: Annotated[int, typer.Option(min=100, help="measured, after 300 more")] = 5000,
     camera_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the frames, px")] = "1920x1200",
+    rounds: Annotated[int, typer.Option(min=1, help="at each load; medians are printed")] = 3,
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
@@ -160,7 +161,7 @@ def ingest(
         files = Files.checked(json_file, plot)
         need_pylon()
         width, height = pair(camera_size, "--camera-size", "1920x1200")
-        found = bench_ingest(Path(folder), str(_quick_model(Path(folder), 256)), width, height, frames)
+        found = bench_ingest(Path(folder), width, height, frames, rounds)
         show(found, [("with", ""), *_LINE_COLUMNS], files, _stage_bars("Without an engine", found["results"]))
 
 
