@@ -172,6 +172,7 @@ def scaling(
     stations: Annotated[int, typer.Option(min=0, max=16, help="on this machine at once, at most")] = 4,
     seconds: Annotated[float, typer.Option(min=0.1, help="for each image size")] = 5.0,
     frames: Annotated[int, typer.Option(min=10, help="of each station")] = 200,
+    model: ModelOption = None,
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
@@ -183,8 +184,8 @@ def scaling(
         pixels = [
             pair(each, "--image-size", "512x512") for each in image_size or ["256x256", "512x512", "1024x1024"]
         ]
-        model = str(_quick_model(Path(folder), 256)) if stations else ""
-        found = bench_scaling(Path(folder), model, pixels, stations, seconds, frames)
+        judged_by = str(model or _quick_model(Path(folder), 256)) if stations else ""
+        found = bench_scaling(Path(folder), judged_by, pixels, stations, seconds, frames)
         by_size = [r for r in found["results"] if r["kind"] == "image_size"]
         labels = ["x".join(map(str, r["image_size"])) + (" tiled" if r["tiles"] != [1, 1] else "") for r in by_size]
         bars = Bars("EfficientAD-S by image size", "median, ms", labels, {"cpu": [r["median_ms"] for r in by_size]})

@@ -106,11 +106,11 @@ def test_everything_but_the_engine(tmp_path):
         check_stages(result)
 
 
-def test_image_sizes_tiles_and_stations(tmp_path):
+def test_image_sizes_tiles_and_stations(tmp_path, tiny_bundle):
     found, _ = run(
         tmp_path,
         *("scaling", "--image-size", "64x64", "--image-size", "128x64", "--seconds", "0.1"),
-        *("--stations", "2", "--frames", "10"),
+        *("--stations", "2", "--frames", "10", "--model", tiny_bundle),
     )
     sizes = [(r["image_size"], r["tiles"]) for r in found["results"] if r["kind"] == "image_size"]
     assert sizes == [([64, 64], [1, 1]), ([64, 64], [2, 2]), ([128, 64], [1, 1]), ([128, 64], [2, 2])]
