@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from calibrate import pretrain as pretraining
 from calibrate.backbone import ResNetFeatures
 from calibrate.distill import distill, patchcore_target
 from calibrate.layouts import DatasetError, ImageFile
@@ -98,7 +99,8 @@ def photographs(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["procedural", "photographs"])
-def test_a_teacher_is_made_from_its_seed(tmp_path, photographs, target):
+def test_a_teacher_is_made_from_its_seed(tmp_path, photographs, target, monkeypatch):
+    monkeypatch.setattr(pretraining, "_WHITENING_BATCHES", 20)
     options = PretrainOptions(
         tmp_path / "a-small.safetensors",
         target=target,
