@@ -27,7 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from pipeline.engine import Precision
+from pipeline.engine import LARGEST_INT8_WEIGHT, Precision
 from pipeline.geometry import Geometry
 from pipeline.networks import EfficientAD, PdnSize
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, check_correction
@@ -186,7 +186,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "preprocessing": preprocessing,
         "calibration": calibration,
         "precisions": [{"precision": name, **found} for name, found in precisions.items()],
-        "activation_ranges": dict(model.ranges),
+        "int8": {"largest_weight": LARGEST_INT8_WEIGHT, "activation_ranges": dict(model.ranges)},
         "teacher": dict(bundle.teacher),
         "training": dict(bundle.training),
         "files": files,
@@ -308,7 +308,7 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
     if not np.isfinite(threshold):
         raise ValueError(f"threshold is {threshold}")
     return Bundle(
-        model=Model(size, geometry, spec, weights, _read_ranges(manifest.get("activation_ranges", {}))),
+        model=Model(size, geometry, spec, weights, _read_ranges(manifest.get("int8", {}))),
         quantiles=Quantiles.from_json(calibration["quantiles"]),
         threshold=threshold,
         precisions=_read_precisions(manifest.get("precisions", [])),
@@ -323,7 +323,10 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
 
 
 def _read_ranges(data: dict[str, Any]) -> dict[str, float]:
-    ranges = {str(name): float(value) for name, value in data.items()}
+    """Read the activation ranges; none where int8 was calibrated with weights of more bits than ours."""
+    if data.get("largest_weight") != LARGEST_INT8_WEIGHT:
+        return {}
+    ranges = {str(name): float(value) for name, value in data["activation_ranges"].items()}
     if not all(np.isfinite(value) and value >= 0 for value in ranges.values()):
         raise ValueError("an activation range is not finite, or negative")
     return ranges

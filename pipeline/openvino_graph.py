@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 from torch import nn
 
+from pipeline.engine import LARGEST_INT8_WEIGHT
 from pipeline.folded import FoldedEfficientAD
 from pipeline.geometry import AUTOENCODER_PX
 from pipeline.networks import TEACHER_CHANNELS
@@ -24,9 +25,6 @@ from pipeline.networks import TEACHER_CHANNELS
 Ranges = Mapping[str, float]
 """Largest magnitude that each convolution's input takes, by the convolution's name."""
 _LEVELS = 256
-_LARGEST_WEIGHT = 64
-"""Seven bits of eight: a processor without VNNI adds two products of bytes in 16 bits, and 2 · 255 · 64 still fits.
-So every processor computes the same."""
 _SMALLEST_RANGE = 1e-30
 """Of what is zero all over, so that nothing is divided by it."""
 
@@ -158,7 +156,7 @@ def quantised_convolution(
     largest = max(largest, _SMALLEST_RANGE)
     low = 0.0 if _is_rectified(node) else -largest * (_LEVELS // 2) / (_LEVELS // 2 - 1)
     edges = [op.constant(np.float32(value)) for value in (low, largest, low, largest)]
-    scale = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / _LARGEST_WEIGHT
+    scale = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / LARGEST_INT8_WEIGHT
     scale = np.maximum(scale, np.float32(_SMALLEST_RANGE))
     integers = np.round(weight / scale).astype(np.int8)
     rescaled = op.multiply(op.convert(op.constant(integers), np.float32), op.constant(scale))

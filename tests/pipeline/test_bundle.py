@@ -53,6 +53,20 @@ def test_what_is_written_is_what_is_read(tiny_bundle, tmp_path, rng):
     assert written.calibration_id != bundle.calibration_id, "other preprocessing, other calibration"
 
 
+@pytest.mark.parametrize("found", [None, {"largest_weight": 127, "activation_ranges": {"teacher.0": 1.0}}])
+def test_int8_of_another_version_is_not_used(copy, found):
+    assert read_bundle(copy).model.ranges
+
+    def older(manifest):
+        if found is None:
+            del manifest["int8"]
+        else:
+            manifest["int8"] = found
+
+    edit_manifest(copy, older)
+    assert read_bundle(copy).model.ranges == {}
+
+
 def test_a_bundle_replaces_another_whole_or_not_at_all(tiny_bundle, copy, monkeypatch):
     before = read_bundle(copy)
     changed = {name: tensor + 1 for name, tensor in before.model.weights.items()}
