@@ -115,7 +115,8 @@ class Trainer:
                 image = self._tensor(self.images[index])
                 if self._cacheable:
                     features = self.model.teacher[-1](self._trunk(index, image))
-                    yield features[0].flatten(1).float()
+                    # One after the other in memory, as tiles are: sums in another order would differ.
+                    yield features[0].flatten(1).float().contiguous()
                 else:
                     yield from teacher_features(self.model.teacher, image, self.options.geometry)
 

@@ -20,7 +20,8 @@ PlotOption = Annotated[Path | None, typer.Option(help="draw a summary into this 
 ThreadsOption = Annotated[int | None, typer.Option(min=1, max=256, help="of the CPU engine; none: all cores")]
 FrameFormatOption = Annotated[str, typer.Option("--pixel-format", help="such as BayerRG8, Mono8, BGR8")]
 ModelOption = Annotated[
-    Path | None, typer.Option(help="bundle; none: one trained for a few steps on the spot", file_okay=False)
+    Path | None,
+    typer.Option(help="bundle; none: one trained for a few steps on the spot", file_okay=False, exists=True),
 ]
 
 

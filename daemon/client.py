@@ -25,8 +25,6 @@ _HEARTBEAT_MS, _GONE_AFTER_MS = 1000, 3000
 """Without them a network that falls silent (power cut, switch) is never noticed by who only listens."""
 _ANSWER_S = 2.0
 """After so long a request is sent again: the daemon may have been restarted in between."""
-_CONNECTS_S = 10.0
-"""A daemon that runs takes a connection long before that; answers may take longer."""
 _LOOK_UP_MS = 100
 _AHEAD = 100_000
 """Live verdicts that are kept while those before them are being asked for."""
@@ -271,15 +269,24 @@ class Control:
             raise
 
     def request(
-        self, command: str, timeout_s: float = 60.0, **arguments: Any
+        self, command: str, timeout_s: float = 60.0, connect_s: float = 10.0, **arguments: Any
     ) -> tuple[dict[str, Any], bytes | None]:
-        """Send a command; return its result and what came with it. Raises RequestFailed."""
+        """Send a command; return its result and what came with it.
+
+        Args:
+            command: such as `status`.
+            timeout_s: until there must be an answer.
+            connect_s: of that, until a daemon that runs must have taken the connection.
+            arguments: of the command.
+
+        Raises RequestFailed.
+        """
         request_id = str(arguments.pop("id", None) or uuid.uuid4().hex)
         body = json.dumps({"id": request_id, "command": command, **arguments}).encode()
         deadline_s = time.monotonic() + timeout_s
         while self._socket.poll(0):  # answers to questions that nobody waits for any more
             self._socket.recv_multipart()
-        self._socket.poll(int(min(timeout_s, _CONNECTS_S) * 1000), zmq.POLLOUT)
+        self._socket.poll(int(min(timeout_s, connect_s) * 1000), zmq.POLLOUT)
         try:
             self._socket.send_multipart([body], flags=zmq.DONTWAIT)
         except zmq.Again:
@@ -296,9 +303,7 @@ class Control:
             if not reply["ok"]:
                 raise RequestFailed(reply["error"])
             return reply["result"], more[0] if more else None
-        raise RequestFailed(
-            f"no answer from {self._endpoint} within {timeout_s:g} s, though it is connected; see its log"
-        )
+        raise RequestFailed(f"no answer from {self._endpoint} within {timeout_s:g} s, though it took the request")
 
     def close(self) -> None:
         """Disconnect."""

@@ -18,7 +18,11 @@ from pipeline.inspection import Inspection, Outcome, Reason
 _CAPACITY = 4096
 """Numbers without a verdict; beyond that acquisition waits."""
 _MARGIN_SHARE, _LARGEST_MARGIN_NS = 0.1, 5_000_000
-"""A verdict goes out this much before its deadline, so that it is there in time."""
+
+
+def margin_before_ns(deadline_ns: int) -> int:
+    """Return how long before its deadline a verdict goes out, so that it is there in time."""
+    return min(int(_MARGIN_SHARE * deadline_ns), _LARGEST_MARGIN_NS)
 
 
 class Revoked(Exception):
@@ -246,7 +250,7 @@ class Ledger:
         due_ns, margin_ns = None, 0
         if deadline_ms is not None:
             deadline_ns = int(deadline_ms * 1e6)
-            margin_ns = min(int(_MARGIN_SHARE * deadline_ns), _LARGEST_MARGIN_NS)
+            margin_ns = margin_before_ns(deadline_ns)
             due_ns = frame.arrived_ns + deadline_ns - margin_ns
         entry = Entry(frame, due_ns, margin_ns, self.judged_by)
         self._open.append(entry)

@@ -14,8 +14,7 @@ from pipeline.scoring import FloatMap
 Precision = Literal["fp32", "bf16", "int8", "fp16"]
 """Of the convolutions; `bf16` and `int8` are the CPU engine's, `fp16` the CUDA engine's."""
 LARGEST_INT8_WEIGHT = 64
-"""Seven bits of eight: a processor without VNNI adds two products of bytes in 16 bits, and 2 · 255 · 64 still fits.
-So every processor computes the same."""
+"""Seven bits of eight: a processor without VNNI adds two products of bytes in 16 bits; 2 · 255 · 64 still fits."""
 Prepared = NDArray[np.float32]
 """(3, image_height, image_width), ImageNet-normalised."""
 

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from calibrate import dataset
+from calibrate import trainer as trainer_module
 from calibrate.augment import turn
 from calibrate.checkpoint import FILE, CheckpointError, read_progress
 from calibrate.dataset import ImageCache, PreparedImages, load_good_images
+from calibrate.device import resolve_precision
 from calibrate.evaluate import evaluate
 from calibrate.layouts import DatasetError, ImageFile, load_test_set
 from calibrate.listener import Listener, TrainingError, TrainingStopped
@@ -431,9 +433,12 @@ def test_progress_shows_the_held_out_scores(options):
     assert "|" in looks[0]
 
 
-def test_cached_features_change_nothing(options, tmp_path):
-    with_cache = train(replace(options, steps=12))
-    assert same_weights(with_cache, train(replace(options, steps=12, cache_mib=0, out=tmp_path / "b")))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_cached_features_change_nothing(options, tmp_path, layout, monkeypatch):
+    monkeypatch.setattr(trainer_module, "convolution_layout", lambda _device: layout)
+    options = replace(options, steps=6, precision=resolve_precision("auto", torch.device("cpu")))
+    with_cache = train(options)
+    assert same_weights(with_cache, train(replace(options, cache_mib=0, out=tmp_path / "b")))
 
 
 def test_the_teacher_describes_an_unaugmented_image_once(options):

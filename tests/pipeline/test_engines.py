@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline import engine_cpu, engines
 from pipeline.bundle import Bundle, Model, PrecisionCalibration, read_bundle
+from pipeline.engine import LARGEST_INT8_WEIGHT
 from pipeline.engine_cpu import CpuEngine, compile_options, cpu_precisions, observe_ranges
 from pipeline.engines import EngineUnavailable, make_engine, reduced_precisions
 from pipeline.folded import FoldedEfficientAD
@@ -104,12 +105,14 @@ def test_what_comes_after_the_differences_is_not_cut_off_in_integers(rng):
 
 
 @pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
+@pytest.mark.parametrize("rectified", [True, False])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_integers_do_not_overflow_between_two_products(sign):
+def test_integers_do_not_overflow_between_two_products(sign, rectified):
     """As they would at full weights and inputs on a processor that adds pairs in 16 bits."""
+    assert np.iinfo(np.int16).max >= 2 * 255 * LARGEST_INT8_WEIGHT
     given = op.parameter([1, 64, 8, 8], np.float32)
     weight = np.full((64, 64, 3, 3), sign, np.float32)
-    graph = ov.Model([quantised_convolution(op.relu(given), weight, 1.0)], [given], "full")
+    graph = ov.Model([quantised_convolution(op.relu(given) if rectified else given, weight, 1.0)], [given], "full")
     request = engine_cpu.CORE.compile_model(graph, "CPU", compile_options("int8", 1)).create_infer_request()
     (found,) = request.infer([np.ones((1, 64, 8, 8), np.float32)]).values()
     np.testing.assert_allclose(found, sign * 64 * 9, rtol=0.005)

@@ -340,7 +340,7 @@ def test_triggers_behind_a_hung_one_are_rejected_in_time_and_not_fired_late(tiny
 
     def ask():
         with Control(config.control_endpoints()[0]) as control:
-            while not control.request("status")[0]["camera"]["connected"]:
+            while not control.request("status", connect_s=60)[0]["camera"]["connected"]:
                 pass  # triggers are taken once the station is ready
             for n in range(4):
                 answers.append(control.request("trigger", part=f"P-{n}")[0]["part"])
