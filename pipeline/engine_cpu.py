@@ -55,7 +55,9 @@ class CpuEngine:
         self._tiles = self._geometry.tiles() if self._geometry.is_tiled else None
         parts: list[Part] = ["prediction", "tile"] if self._tiles else ["whole"]
         self._requests = [
-            CORE.compile_model(build_graph(folded, part, ranges), "CPU", options).create_infer_request()
+            CORE.compile_model(
+                build_graph(folded, part, ranges, winograd=precision == "fp32"), "CPU", options
+            ).create_infer_request()
             for part in parts
         ]
 

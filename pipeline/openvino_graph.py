@@ -21,17 +21,22 @@ from pipeline.engine import LARGEST_INT8_WEIGHT
 from pipeline.folded import FoldedEfficientAD
 from pipeline.geometry import AUTOENCODER_PX
 from pipeline.networks import TEACHER_CHANNELS
+from pipeline.winograd import bands, transforms
 
 Ranges = Mapping[str, float]
 """Largest magnitude that each convolution's input takes, by the convolution's name."""
 _LEVELS = 256
 _SMALLEST_RANGE = 1e-30
 """Of what is zero all over, so that nothing is divided by it."""
+_WINOGRAD_CHANNELS = 128
+"""Fewest inputs of a convolution that Winograd's algorithm makes faster."""
 
 Part = Literal["whole", "prediction", "tile"]
 
 
-def build_graph(networks: FoldedEfficientAD, part: Part = "whole", ranges: Ranges | None = None) -> ov.Model:
+def build_graph(
+    networks: FoldedEfficientAD, part: Part = "whole", ranges: Ranges | None = None, *, winograd: bool = False
+) -> ov.Model:
     """Build a graph for one image (batch 1).
 
     Args:
@@ -41,10 +46,11 @@ def build_graph(networks: FoldedEfficientAD, part: Part = "whole", ranges: Range
             autoencoder (1, 384, map_height, map_width), and `tile`, from a tile's pixels and its part of the
             prediction to its part of the maps.
         ranges: quantise the convolutions for these ranges; None: leave them in float.
+        winograd: compute the large convolutions in float by fewer multiplications, which wants float32.
 
     Raises KeyError when a range is missing.
     """
-    builder = _Builder(networks, ranges)
+    builder = _Builder(networks, ranges, winograd=winograd)
     g = networks.geometry
     (first, *_) = g.tiles()
     image = op.parameter([1, 3, g.image_height, g.image_width], np.float32, name="image")
@@ -61,7 +67,7 @@ def build_graph(networks: FoldedEfficientAD, part: Part = "whole", ranges: Range
 
 def build_observer(networks: FoldedEfficientAD) -> tuple[ov.Model, list[str]]:
     """Build a graph that returns the largest magnitude at each convolution's input, in the order of the names."""
-    builder = _Builder(networks, None)
+    builder = _Builder(networks, None, winograd=True)
     g = networks.geometry
     image = op.parameter([1, 3, g.image_height, g.image_width], np.float32, name="image")
     builder.maps(image, builder.predict(image))
@@ -76,9 +82,10 @@ def convolution_names(networks: FoldedEfficientAD) -> list[str]:
 
 
 class _Builder:
-    def __init__(self, networks: FoldedEfficientAD, ranges: Ranges | None) -> None:
+    def __init__(self, networks: FoldedEfficientAD, ranges: Ranges | None, *, winograd: bool) -> None:
         self._networks = networks
         self._ranges = ranges
+        self._winograd = winograd
         self.inputs: dict[str, ov.Node] = {}
         """What each convolution reads, by its name."""
 
@@ -99,7 +106,7 @@ class _Builder:
         if self._ranges is None:
             both = op.concat([teacher, student], 1)
             self.inputs |= {"difference.teacher": teacher, "difference.student": student}
-            difference = _plus(_convolved(both, op.constant(weight), networks.difference), bias)
+            difference = _plus(self._in_float(both, weight, networks.difference), bias)
         else:
             # Each network's features have their own range.
             channels = teacher.output(0).get_shape()[1]
@@ -132,8 +139,13 @@ class _Builder:
         weight, bias = _arrays(layer)
         self.inputs[name] = node
         if self._ranges is None:
-            return _plus(_convolved(node, op.constant(weight), layer), bias)
+            return _plus(self._in_float(node, weight, layer), bias)
         return _plus(self._quantised(name, node, weight, layer), bias)
+
+    def _in_float(self, node: ov.Node, weight: NDArray[np.float32], layer: nn.Conv2d) -> ov.Node:
+        if self._winograd and _is_large(layer):
+            return winograd_convolution(node, weight, layer)
+        return _convolved(node, op.constant(weight), layer)
 
     def _quantised(
         self, name: str, node: ov.Node, weight: NDArray[np.float32], layer: nn.Conv2d | None = None
@@ -161,6 +173,48 @@ def quantised_convolution(
     integers = np.round(weight / scale).astype(np.int8)
     rescaled = op.multiply(op.convert(op.constant(integers), np.float32), op.constant(scale))
     return _convolved(op.fake_quantize(node, *edges, _LEVELS), rescaled, layer)
+
+
+def winograd_convolution(node: ov.Node, weight: NDArray[np.float32], layer: nn.Conv2d) -> ov.Node:
+    """Convolve by Winograd's algorithm.
+
+    Args:
+        node: (1, channels, height, width)
+        weight: (outputs, channels, 3, 3) or (outputs, channels, 4, 4)
+        layer: whose padding to take; its stride is 1.
+    """
+    outputs, channels, kernel_px, _ = weight.shape
+    t = transforms(kernel_px)
+    # Channels last: a pixel is one stretch of memory, and gathering tiles is copying such stretches.
+    pixels = op.transpose(node, np.array([0, 2, 3, 1]))
+    down, across = cast(tuple[int, int], layer.padding)
+    if down or across:
+        edge = np.array([0, down, across, 0])
+        pixels = op.pad(pixels, edge, edge, "constant", op.constant(np.array(0, np.float32)))
+    _, height, width, _ = pixels.output(0).get_shape()
+    pixels = op.reshape(pixels, np.array([height * width, channels]), False)
+    to_points, back, weights = (op.constant(matrix) for matrix in (t.inputs, t.outputs, t.weights(weight)))
+    convolved = []
+    for band in bands(height, width, kernel_px, max(channels, outputs)):
+        tiles = op.gather(pixels, op.constant(band.inputs), np.array(0))
+        tiles = op.matmul(to_points, op.reshape(tiles, np.array([t.points, -1]), False), False, False)
+        products = op.matmul(
+            op.reshape(tiles, np.array([t.points, band.tiles, channels]), False), weights, False, False
+        )
+        results = op.matmul(back, op.reshape(products, np.array([t.points, -1]), False), False, False)
+        results = op.reshape(results, np.array([-1, outputs]), False)
+        convolved.append(op.gather(results, op.constant(band.outputs), np.array(0)))
+    image = op.reshape(
+        op.concat(convolved, 0), np.array([1, height - kernel_px + 1, width - kernel_px + 1, outputs]), False
+    )
+    return op.transpose(image, np.array([0, 3, 1, 2]))
+
+
+def _is_large(layer: nn.Conv2d) -> bool:
+    """Tell whether a convolution gains more by fewer multiplications than taking tiles to points and back costs."""
+    return (
+        layer.kernel_size in ((3, 3), (4, 4)) and layer.stride == (1, 1) and layer.in_channels >= _WINOGRAD_CHANNELS
+    )
 
 
 def _is_rectified(node: ov.Node) -> bool:
