@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from calibrate.convolution import convolve
 from pipeline.geometry import Tile
 from pipeline.networks import TEACHER_CHANNELS, EfficientAD
 
@@ -119,7 +119,7 @@ def _student(
             (hidden[split:], slice(TEACHER_CHANNELS, None)),
         ):
             if here.shape[0]:
-                found = F.conv2d(here, last.weight[channels], last.bias[channels])  # type: ignore[index]
+                found = convolve(here, last.weight[channels], last.bias[channels])  # type: ignore[index]
                 outputs += list(torch.split(found, count))
         return outputs
     passes = [model.student(piece) for piece in (*as_teacher, *as_autoencoder)]

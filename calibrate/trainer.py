@@ -11,8 +11,8 @@ from torch import Tensor
 
 from calibrate.allocator import keep_freed_memory
 from calibrate.augment import augment, natural_image, read_natural_image, turn
+from calibrate.convolution import with_fast_convolutions
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages
-from calibrate.device import convolution_layout
 from calibrate.layouts import DatasetError, ImageFile
 from calibrate.losses import Losses, efficientad_losses
 from calibrate.options import TrainOptions
@@ -70,8 +70,9 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.manual_seed(options.seed)
         self.model = EfficientAD(options.size, options.geometry).to(device)
-        self._layout = convolution_layout(device)
-        self.model = self.model.to(memory_format=self._layout)  # type: ignore[call-overload]
+        for network in (self.model.teacher, self.model.student):
+            with_fast_convolutions(network)
+        self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
         self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
         self._trunks: dict[int, Tensor] = {}
@@ -219,7 +220,7 @@ class Trainer:
 
     def _tensor(self, image: Pixels) -> Tensor:
         tensor = torch.from_numpy(image)[None].to(self.device)
-        return tensor.contiguous(memory_format=self._layout)
+        return tensor.contiguous(memory_format=torch.channels_last)
 
     def _cacheable_features(self, room_bytes: int) -> int:
         """Return how many images' features, or what they come from, fit into memory; a GPU computes them anew."""

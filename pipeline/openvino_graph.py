@@ -21,15 +21,13 @@ from pipeline.engine import LARGEST_INT8_WEIGHT
 from pipeline.folded import FoldedEfficientAD
 from pipeline.geometry import AUTOENCODER_PX
 from pipeline.networks import TEACHER_CHANNELS
-from pipeline.winograd import bands, transforms
+from pipeline.winograd import KERNELS_PX, SMALLEST_CHANNELS, bands, transforms
 
 Ranges = Mapping[str, float]
 """Largest magnitude that each convolution's input takes, by the convolution's name."""
 _LEVELS = 256
 _SMALLEST_RANGE = 1e-30
 """Of what is zero all over, so that nothing is divided by it."""
-_WINOGRAD_CHANNELS = 128
-"""Fewest inputs of a convolution that Winograd's algorithm makes faster."""
 
 Part = Literal["whole", "prediction", "tile"]
 
@@ -213,7 +211,9 @@ def winograd_convolution(node: ov.Node, weight: NDArray[np.float32], layer: nn.C
 def _is_large(layer: nn.Conv2d) -> bool:
     """Tell whether a convolution gains more by fewer multiplications than taking tiles to points and back costs."""
     return (
-        layer.kernel_size in ((3, 3), (4, 4)) and layer.stride == (1, 1) and layer.in_channels >= _WINOGRAD_CHANNELS
+        layer.kernel_size in {(side, side) for side in KERNELS_PX}
+        and layer.stride == (1, 1)
+        and layer.in_channels >= SMALLEST_CHANNELS
     )
 
 

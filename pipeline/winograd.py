@@ -15,13 +15,18 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-_TILE = 4
+TILE_PX = 4
+"""Side of a tile of outputs."""
 _POINTS = {
     3: [Fraction(p) for p in ("0", "1", "-1", "2", "-2")],
     4: [Fraction(p) for p in ("0", "1", "-1", "2", "-2", "1/2")],
 }
 """By the kernel's size, infinity apart: small ones and their inverses cost the fewest digits."""
-_LARGEST_BAND = 2**24
+KERNELS_PX = tuple(_POINTS)
+"""Kernels that can be computed so."""
+SMALLEST_CHANNELS = 128
+"""Fewest inputs for which the way to the points and back costs less than it saves (seen on a Zen 3)."""
+LARGEST_BAND = 2**24
 """Values at the points of one band of tiles: 64 MiB in float32."""
 
 
@@ -67,7 +72,7 @@ def transforms(kernel_px: int) -> Transforms:
     scale = [_product([p - q for q in rest]) for p, rest in zip(points, others, strict=True)]
     kernel = [[p**power / s for power in range(kernel_px)] for p, s in zip(points, scale, strict=True)]
     kernel.append([Fraction(power == kernel_px - 1) for power in range(kernel_px)])
-    outputs = [[*(p**power for p in points), Fraction(power == _TILE - 1)] for power in range(_TILE)]
+    outputs = [[*(p**power for p in points), Fraction(power == TILE_PX - 1)] for power in range(TILE_PX)]
     inputs = [[*_polynomial(rest), Fraction(0)] for rest in others] + [_polynomial(points)]
     to_points, back, taken = (_both_axes(matrix) for matrix in (inputs, outputs, kernel))
     return Transforms(
@@ -84,20 +89,20 @@ def bands(height: int, width: int, kernel_px: int, channels: int) -> Iterator[Ba
         kernel_px: 3 or 4.
         channels: the larger number of input's and output's.
     """
-    side = _TILE + kernel_px - 1
+    side = TILE_PX + kernel_px - 1
     height_out, width_out = height - kernel_px + 1, width - kernel_px + 1
-    down, across = -(-height_out // _TILE), -(-width_out // _TILE)
-    most = max(1, _LARGEST_BAND // (side**2 * across * channels))
+    down, across = -(-height_out // TILE_PX), -(-width_out // TILE_PX)
+    most = max(1, LARGEST_BAND // (side**2 * across * channels))
     rows_each = -(-down // -(-down // most))
     # What lies beyond the edge counts for outputs that are cut off again.
-    x = np.minimum(np.arange(side)[:, None] + _TILE * np.arange(across), width - 1)
+    x = np.minimum(np.arange(side)[:, None] + TILE_PX * np.arange(across), width - 1)
     x_out = np.arange(width_out)
     for first in range(0, down, rows_each):
         rows = min(rows_each, down - first)
-        y = np.minimum(np.arange(side)[:, None] + _TILE * np.arange(first, first + rows), height - 1)
-        y_out = np.arange(min(_TILE * rows, height_out - _TILE * first))
-        place = (y_out % _TILE)[:, None] * _TILE + x_out % _TILE
-        tile = (y_out // _TILE)[:, None] * across + x_out // _TILE
+        y = np.minimum(np.arange(side)[:, None] + TILE_PX * np.arange(first, first + rows), height - 1)
+        y_out = np.arange(min(TILE_PX * rows, height_out - TILE_PX * first))
+        place = (y_out % TILE_PX)[:, None] * TILE_PX + x_out % TILE_PX
+        tile = (y_out // TILE_PX)[:, None] * across + x_out // TILE_PX
         yield Band(
             tiles=rows * across,
             inputs=(y[:, None, :, None] * width + x[None, :, None, :]).astype(np.int32).ravel(),

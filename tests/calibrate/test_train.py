@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from calibrate import dataset
-from calibrate import trainer as trainer_module
 from calibrate.augment import turn
 from calibrate.checkpoint import FILE, CheckpointError, read_progress
 from calibrate.dataset import ImageCache, PreparedImages, load_good_images
@@ -433,9 +432,7 @@ def test_progress_shows_the_held_out_scores(options):
     assert "|" in looks[0]
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_cached_features_change_nothing(options, tmp_path, layout, monkeypatch):
-    monkeypatch.setattr(trainer_module, "convolution_layout", lambda _device: layout)
+def test_cached_features_change_nothing(options, tmp_path):
     options = replace(options, steps=6, precision=resolve_precision("auto", torch.device("cpu")))
     with_cache = train(options)
     assert same_weights(with_cache, train(replace(options, cache_mib=0, out=tmp_path / "b")))

@@ -27,7 +27,7 @@ def by_winograd(image, layer):
 @pytest.mark.parametrize("shape", [(16, 16), (17, 22), (4, 9), (23, 5)])
 def test_every_pixel_is_that_of_a_direct_convolution(shape, kernel_px, padding, band, rng, monkeypatch):
     """In all sizes of what remains beside whole tiles, summed in float64."""
-    monkeypatch.setattr(winograd, "_LARGEST_BAND", band)
+    monkeypatch.setattr(winograd, "LARGEST_BAND", band)
     layer = nn.Conv2d(32, 24, kernel_px, padding=padding, bias=False)
     image = rng.normal(0, 1, (1, 32, *shape)).astype(np.float32)
     wanted = F.conv2d(
