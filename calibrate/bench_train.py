@@ -18,8 +18,9 @@ from calibrate.teacher import find_teacher
 from calibrate.train import good_images, image_cache
 from calibrate.trainer import WEIGHT_DECAY, Trainer
 from drivers.replay import read_image
+from pipeline.architecture import TEACHER_CHANNELS
 from pipeline.machine import describe_machine
-from pipeline.networks import TEACHER_CHANNELS, EfficientAD
+from pipeline.networks import EfficientAD
 from pipeline.preprocess import Preprocessor
 
 _ROUNDS = 5

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from calibrate.augment import LUMA, read_natural_image
 from calibrate.dataset import MAX_CORRUPT_SHARE
 from calibrate.layouts import DatasetError, ImageFile
-from pipeline.networks import TEACHER_CHANNELS, PdnSize, pdn
+from pipeline.architecture import TEACHER_CHANNELS, PdnSize
+from pipeline.networks import pdn
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.resample import resize
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from calibrate.teacher import Teacher, check_teacher
+from pipeline.architecture import PdnSize
 from pipeline.bundle import sha256_hex
 from pipeline.geometry import AUTOENCODER_PX
-from pipeline.networks import PdnSize
 
 _FINAL = "{}_final.pth"
 _MODULES: tuple[type, ...] = (nn.Sequential, nn.Conv2d, nn.ReLU, nn.AvgPool2d, nn.Upsample, nn.Dropout)

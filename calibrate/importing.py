@@ -20,7 +20,7 @@ from calibrate.train import (
     with_precisions,
 )
 from pipeline.bundle import Bundle, Model, write_bundle
-from pipeline.networks import EfficientAD
+from pipeline.networks import EfficientAD, weights_of
 from pipeline.scoring import Scorer
 
 
@@ -68,7 +68,7 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
     networks.teacher_mean.copy_(statistics[0])
     networks.teacher_std.copy_(statistics[1])
     held_out = PreparedImages(good.held_out, cache)
-    model = Model(foreign.size, options.geometry, options.preprocess, networks.state_dict())
+    model = Model(foreign.size, options.geometry, options.preprocess, weights_of(networks))
     scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
     maps = raw_maps(model, held_out, replace(options, device="cpu"), listener)
     bundle, _ = calibrated(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from calibrate.convolution import convolve
+from pipeline.architecture import TEACHER_CHANNELS
 from pipeline.geometry import Tile
-from pipeline.networks import TEACHER_CHANNELS, EfficientAD
+from pipeline.networks import EfficientAD
 
 
 @dataclass(frozen=True, slots=True)

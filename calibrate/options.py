@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 from calibrate.losses import LossOptions
 from calibrate.normalize import QUANTILE_A, QUANTILE_B
 from drivers.frame import PixelFormat
+from pipeline.architecture import PdnSize
 from pipeline.geometry import Geometry
-from pipeline.networks import PdnSize
 from pipeline.preprocess import PreprocessSpec
 
 Precision = Literal["auto", "fp32", "bf16"]

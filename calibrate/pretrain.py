@@ -44,8 +44,9 @@ from calibrate.patches import (
 from calibrate.procedural import FIELDS, SHAPES
 from calibrate.teacher import Teacher, fold_into_last, whitening, write_teacher
 from drivers.replay import list_images
+from pipeline.architecture import TEACHER_CHANNELS, PdnSize
 from pipeline.geometry import RECEPTIVE_FIELD_PX
-from pipeline.networks import TEACHER_CHANNELS, PdnSize, pdn
+from pipeline.networks import pdn
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 Target = Literal["procedural", "photographs", "backbone"]

@@ -14,9 +14,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from pipeline.architecture import TEACHER_CHANNELS, PdnSize
 from pipeline.bundle import sha256_hex, write_atomically
 from pipeline.geometry import Geometry
-from pipeline.networks import TEACHER_CHANNELS, PdnSize, pdn
+from pipeline.networks import pdn
 
 SHIPPED = Path(__file__).parent / "teachers"
 FORMAT = "inspectord.teacher/1"

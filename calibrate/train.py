@@ -35,6 +35,7 @@ from pipeline.bundle import Bundle, Model, is_bundle, sha256_hex, write_bundle
 from pipeline.engine import Prepared, RawMaps
 from pipeline.engines import make_float_engine
 from pipeline.machine import available_memory_mib
+from pipeline.networks import weights_of
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import Scorer, combine_maps
 
@@ -132,8 +133,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
             + ("" if use_autoencoder else ": its map would be noise and is left out (--autoencoder keeps it)")
         )
     listener.say(f"calibrating on {len(good.held_out)} held-out images")
-    weights = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
-    model = Model(options.size, options.geometry, options.preprocess, weights)
+    model = Model(options.size, options.geometry, options.preprocess, weights_of(trainer.model))
     maps = raw_maps(model, held_out, options, listener)
     bundle, scores = calibrated(
         model,

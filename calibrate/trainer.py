@@ -26,9 +26,10 @@ from calibrate.teacher import (
     whitening,
 )
 from drivers.replay import list_images
+from pipeline.architecture import TEACHER_CHANNELS
 from pipeline.bundle import sha256_hex
 from pipeline.geometry import Tile
-from pipeline.networks import TEACHER_CHANNELS, EfficientAD
+from pipeline.networks import EfficientAD
 
 WEIGHT_DECAY = 1e-5
 LATE_LEARNING_RATE_FACTOR, LATE_FROM_SHARE = 0.1, 0.95

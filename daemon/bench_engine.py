@@ -24,13 +24,14 @@ from torch import nn
 
 from daemon.ring import Slot
 from drivers.frame import Image, PixelFormat
+from pipeline.architecture import TEACHER_CHANNELS, PdnSize
 from pipeline.bundle import Model
 from pipeline.engine import CalibratedEngine, Precision
 from pipeline.engines import frame_memory
-from pipeline.folded import FoldedEfficientAD
+from pipeline.folded import Filters, fold
 from pipeline.geometry import Geometry
 from pipeline.machine import describe_machine
-from pipeline.networks import TEACHER_CHANNELS, EfficientAD, PdnSize
+from pipeline.networks import EfficientAD, weights_of
 from pipeline.preprocess import PreprocessSpec
 
 _ROUNDS = 10
@@ -213,7 +214,7 @@ def _make_side(side: Side) -> Callable[[], object]:
     if side.engine == "reference":
         reference = Reference(networks, side.reference_device, side.threads)
         return lambda: reference(image)
-    model = Model(side.size, g, PreprocessSpec(g.image_width, g.image_height), networks.state_dict())
+    model = Model(side.size, g, PreprocessSpec(g.image_width, g.image_height), weights_of(networks))
     engine: CalibratedEngine
     if side.engine == "cuda":
         from pipeline.engine_cuda import CudaEngine
@@ -225,7 +226,8 @@ def _make_side(side: Side) -> Callable[[], object]:
 
         if side.precision == "int8":
             # What they are makes no difference to speed, and looking would take memory that is not the engine's.
-            model = replace(model, ranges=dict.fromkeys(convolution_names(FoldedEfficientAD(networks)), 1.0))
+            names = convolution_names(fold(side.size, g, model.weights))
+            model = replace(model, ranges=dict.fromkeys(names, 1.0))
         engine = CpuEngine(model, side.threads, side.precision)
     if side.frame is None:
         return lambda: engine.infer(image)
@@ -311,7 +313,7 @@ def _computed_gigamacs(side: Side) -> float:
     from pipeline.openvino_graph import build_graph
 
     whole = replace(side.geometry, tile_rows=1, tile_columns=1)
-    graph = build_graph(FoldedEfficientAD(random_networks(side.size, whole)), winograd=True)
+    graph = build_graph(fold(side.size, whole, weights_of(random_networks(side.size, whole))), winograd=True)
     total = 0
     for node in graph.get_ops():
         match node.get_type_name():  # each output is a sum over one filter, or over what two matrices share
@@ -337,7 +339,7 @@ def _machine_limits(threads: int | None) -> dict[str, float]:
     rng = np.random.default_rng(0)
     weight = rng.normal(0, 0.02, (channels, channels, 3, 3)).astype(np.float32)
     image = rng.random((1, channels, side, side)).astype(np.float32)
-    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    filters = Filters(weight, padding=1)
     work = _LIMIT_LAYERS * channels * channels * 9 * side**2 / 1e9
     found: dict[str, float] = {}
     for precision in cpu_precisions():
@@ -345,7 +347,7 @@ def _machine_limits(threads: int | None) -> dict[str, float]:
         node = op.relu(parameter)
         for _ in range(_LIMIT_LAYERS):
             if precision == "int8":
-                node = op.relu(quantised_convolution(node, weight, 1.0, layer))
+                node = op.relu(quantised_convolution(node, filters, 1.0))
             else:
                 node = op.relu(op.convolution(node, op.constant(weight), [1, 1], [1, 1], [1, 1], [1, 1]))
         graph = ov.Model([op.reduce_max(node, np.arange(4))], [parameter], "limit")

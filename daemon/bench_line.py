@@ -43,6 +43,7 @@ from pipeline.engine_cpu import cpu_precisions
 from pipeline.engines import EngineChoice
 from pipeline.geometry import Geometry
 from pipeline.machine import describe_machine, usable_cores
+from pipeline.networks import weights_of
 from pipeline.preprocess import PreprocessSpec
 from pipeline.scoring import Quantiles
 
@@ -326,7 +327,7 @@ def bench_ingest(folder: Path, width_px: int, height_px: int, frames: int, round
     Raises BenchFailed, DriverMissing.
     """
     geometry = Geometry()
-    model = Model("small", geometry, PreprocessSpec(256, 256), random_networks("small", geometry).state_dict())
+    model = Model("small", geometry, PreprocessSpec(256, 256), weights_of(random_networks("small", geometry)))
     write_bundle(Bundle(model, Quantiles(0.0, 1.0, None, None), threshold=1.0), folder / "model")
     os.environ.setdefault("PYLON_CAMEMU", "1")
     features = {"TestImageSelector": "Testimage2", "ExposureTimeAbs": 100.0}

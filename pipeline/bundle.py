@@ -21,15 +21,14 @@ from typing import Any, Self, cast, get_args
 
 import cv2
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
+from pipeline.architecture import PdnSize, weight_shapes
 from pipeline.engine import LARGEST_INT8_WEIGHT, Precision
 from pipeline.geometry import Geometry
-from pipeline.networks import EfficientAD, PdnSize
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, check_correction
 from pipeline.scoring import BoolMap, FrameArea, Quantiles
 
@@ -58,16 +57,10 @@ class Model:
     size: PdnSize
     geometry: Geometry
     preprocess: PreprocessSpec
-    weights: Mapping[str, Tensor] = field(repr=False)
-    """State dict of `EfficientAD`, teacher statistics included."""
+    weights: Mapping[str, NDArray[np.float32]] = field(repr=False)
+    """Of the networks, and the teacher's statistics, by the names of `weight_shapes`."""
     ranges: Mapping[str, float] = field(default_factory=dict)
     """Largest magnitude at each convolution's input, for int8; empty where nobody has looked."""
-
-    def networks(self) -> EfficientAD:
-        """Build the networks with these weights, ready to infer."""
-        networks = EfficientAD(self.size, self.geometry)
-        networks.load_state_dict(dict(self.weights))
-        return networks.eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +137,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = bundle.model
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.weights.items()}
-    blobs = {WEIGHTS: save_tensors(tensors)}
+    blobs = {WEIGHTS: save_tensors({name: np.ascontiguousarray(array) for name, array in model.weights.items()})}
     spec = model.preprocess
     for name, file in _ARRAYS.items():
         array = getattr(spec, name)
@@ -302,7 +294,7 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
         weights = load_tensors(blobs[WEIGHTS])
     except SafetensorError as error:
         raise BundleError(f"{path.absolute()}: {error}") from error
-    _check_weights(weights, EfficientAD(size, geometry).state_dict(), path)
+    _check_weights(weights, weight_shapes(size, geometry), path)
     calibration = dict(manifest["calibration"])
     threshold = float(calibration["threshold"])
     if not np.isfinite(threshold):
@@ -339,15 +331,18 @@ def _read_precisions(data: list[dict[str, Any]]) -> dict[Precision, PrecisionCal
     return {each["precision"]: PrecisionCalibration.from_json(each) for each in data}
 
 
-def _check_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    for name, tensor in wanted.items():
+def _check_weights(
+    weights: Mapping[str, NDArray[np.float32]], wanted: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    for name, shape in wanted.items():
         if name not in weights:
             raise BundleError(f"{path.absolute()}: tensor {name} is missing")
-        if weights[name].shape != tensor.shape:
+        found = weights[name]
+        if found.shape != shape or found.dtype != np.float32:
             raise BundleError(
-                f"{path.absolute()}: tensor {name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+                f"{path.absolute()}: tensor {name} is {found.dtype} {found.shape}, not float32 {shape}"
             )
-        if not torch.isfinite(weights[name]).all():
+        if not np.isfinite(found).all():
             raise BundleError(f"{path.absolute()}: tensor {name} holds values that are not finite")
     unknown = sorted(set(weights) - set(wanted))
     if unknown:

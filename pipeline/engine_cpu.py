@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
 from pipeline.engine import Precision, Prepared, RawMaps
-from pipeline.folded import FoldedEfficientAD
+from pipeline.folded import fold
 from pipeline.openvino_graph import Part, Ranges, build_graph, build_observer
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import FloatMap
@@ -49,7 +49,7 @@ class CpuEngine:
         self.device, self.precision = "cpu", precision
         self._preprocess = Preprocessor(model.preprocess)
         self._geometry = model.geometry
-        folded = FoldedEfficientAD(model.networks())
+        folded = fold(model.size, model.geometry, model.weights)
         ranges = model.ranges if precision == "int8" else None
         options = compile_options(precision, threads, pin_threads=pin_threads)
         self._tiles = self._geometry.tiles() if self._geometry.is_tiled else None
@@ -105,7 +105,7 @@ def compile_options(precision: Precision, threads: int | None, *, pin_threads: b
 
 def observe_ranges(model: Model, images: Iterable[Prepared], threads: int | None = None) -> Ranges:
     """Return the largest magnitude at each convolution's input over some images."""
-    graph, names = build_observer(FoldedEfficientAD(model.networks()))
+    graph, names = build_observer(fold(model.size, model.geometry, model.weights))
     request = CORE.compile_model(graph, "CPU", compile_options("fp32", threads)).create_infer_request()
     largest = np.zeros(len(names), np.float32)
     for image in images:

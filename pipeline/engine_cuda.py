@@ -17,7 +17,8 @@ from torch import Tensor
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
 from pipeline.engine import Precision, Prepared, RawMaps
-from pipeline.folded import FoldedEfficientAD
+from pipeline.folded import fold
+from pipeline.folded_networks import FoldedEfficientAD
 from pipeline.geometry import Tile
 from pipeline.networks import maps_by_tiles
 from pipeline.preprocess_cuda import CudaPreprocessor
@@ -42,7 +43,7 @@ class CudaEngine:
         """Put the networks on the device and capture them. Raises KeyError for a precision of another device."""
         dtype = _TYPES[precision]
         self.device, self.precision = torch.cuda.get_device_name(), precision
-        networks = FoldedEfficientAD(model.networks())
+        networks = FoldedEfficientAD(fold(model.size, model.geometry, model.weights))
         self._networks = networks.to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         g = self._geometry = model.geometry
         # Memory of the engine that this one replaces; CuPy keeps it by stream and would not give it to another.

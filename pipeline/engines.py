@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.bundle import Bundle, Model
@@ -82,6 +82,8 @@ def frame_memory(device: DeviceChoice) -> Callable[[int], NDArray[np.uint8]] | N
     """
     if not resolve_device(device)[0]:
         return None
+    import torch
+
     return lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
 
 
@@ -130,6 +132,13 @@ def _precision(bundle: Bundle, wanted: PrecisionChoice, able: list[Precision]) -
 
 
 def _why_no_cuda() -> str | None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        # Known without PyTorch, which takes seconds to load.
+        return "no NVIDIA driver was found"
+    import torch
+
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device (driver missing, or a CPU build of torch)"
     try:

@@ -7,100 +7,97 @@ subtracted. The autoencoder's difference is treated alike, except that the kerne
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.geometry import Tile
-from pipeline.networks import TEACHER_CHANNELS, EfficientAD, maps_by_tiles, run_autoencoder
+from pipeline.architecture import TEACHER_CHANNELS, Convolution, Layers, PdnSize, efficientad_layers
+from pipeline.geometry import Geometry
 
-
-class FoldedEfficientAD(nn.Module):
-    """EfficientAD for inference; exact in exact arithmetic.
-
-    `forward` takes and returns what `EfficientAD.forward` does.
-    """
-
-    @torch.no_grad()
-    def __init__(self, networks: EfficientAD) -> None:
-        """Fold. What does not change is shared with the networks given, which are set to inference."""
-        super().__init__()
-        self.geometry = networks.geometry
-        self.teacher, teacher = _without_last(networks.teacher)
-        self.student, student = _without_last(networks.student)
-        self.autoencoder, predicted = _without_last(networks.autoencoder)
-        assert teacher.bias is not None
-        assert student.bias is not None
-        assert predicted.bias is not None
-        scale = 1 / networks.teacher_std.double()
-        described = teacher.weight.double() * scale[:, None, None, None]
-        shift = (teacher.bias.double() - networks.teacher_mean.double()) * scale
-        imitates, imitates_predicted = torch.split(student.weight, TEACHER_CHANNELS)
-        bias, bias_predicted = torch.split(student.bias.double(), TEACHER_CHANNELS)
-        dtype = teacher.weight.dtype
-        self.difference = _convolution(
-            torch.cat([described, -imitates.double()], dim=1).to(dtype), (shift - bias).to(dtype)
-        )
-        """Teacher − student, over the features of both, the teacher's first."""
-        self.predicted = _convolution(
-            predicted.weight, (predicted.bias.double() - bias_predicted).to(dtype), predicted.padding
-        )
-        """Autoencoder, less the bias of the student's part."""
-        self.imitated = _convolution(imitates_predicted, None)
-        """The student's imitation of the autoencoder."""
-        self.eval().requires_grad_(False)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the raw maps."""
-        predicted = self.predict(image)
-
-        def tile_maps(tile: Tile) -> tuple[Tensor, Tensor]:
-            piece = image[:, :, tile.y_px, tile.x_px]
-            return self.tile_maps(self.teacher(piece), self.student(piece), predicted, tile)
-
-        return maps_by_tiles(self.geometry, tile_maps)
-
-    def predict(self, image: Tensor) -> Tensor:
-        """Return what the student should imitate of the autoencoder, (N, 384, map_height, map_width)."""
-        return run_autoencoder(nn.Sequential(*self.autoencoder, self.predicted), image, self.geometry)
-
-    def tile_maps(self, teacher: Tensor, student: Tensor, predicted: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Return a tile's raw maps.
-
-        Args:
-            teacher: the tile's features before the last convolution.
-            student: the same of the student.
-            predicted: what `predict` returned of the whole image.
-            tile: which.
-        """
-        difference = self.difference(torch.cat([teacher, student], dim=1))
-        missed = predicted[:, :, tile.rows, tile.columns] - self.imitated(student)
-        return _mean_square(difference), _mean_square(missed)
+Weights = Mapping[str, NDArray[np.floating[Any]]]
+"""By the names of `weight_shapes`."""
 
 
-def _mean_square(difference: Tensor) -> Tensor:
-    # The square of a strong anomaly is more than float16 can hold.
-    wide = difference.float() if difference.dtype == torch.float16 else difference
-    return wide.square().mean(dim=1)
+@dataclass(frozen=True)
+class Filters:
+    """A convolution with its numbers."""
+
+    weight: NDArray[np.floating[Any]]
+    """(outputs, inputs, kernel, kernel)"""
+    bias: NDArray[np.floating[Any]] | None = None
+    """(outputs,)"""
+    stride: int = 1
+    padding: int = 0
 
 
-def _without_last(network: nn.Sequential) -> tuple[nn.Sequential, nn.Conv2d]:
-    *trunk, last = network
-    return nn.Sequential(*trunk), cast(nn.Conv2d, last)
+@dataclass(frozen=True)
+class Trunk:
+    """A network without its last convolution."""
+
+    layers: Layers
+    filters: Mapping[int, Filters]
+    """Of its convolutions, by their place among the layers."""
 
 
-def _convolution(weight: Tensor, bias: Tensor | None, padding: object = (0, 0)) -> nn.Conv2d:
-    channels_out, channels_in, height, width = weight.shape
-    made = nn.Conv2d(
-        channels_in,
-        channels_out,
-        (height, width),
-        padding=cast(tuple[int, int], padding),
-        bias=bias is not None,
-        dtype=weight.dtype,
+@dataclass(frozen=True)
+class Folded:
+    """EfficientAD for inference; exact in exact arithmetic."""
+
+    geometry: Geometry
+    teacher: Trunk
+    student: Trunk
+    autoencoder: Trunk
+    difference: Filters
+    """Teacher − student, over the features of both, the teacher's first."""
+    predicted: Filters
+    """Autoencoder, less the bias of the student's part."""
+    imitated: Filters
+    """The student's imitation of the autoencoder."""
+
+
+def fold(size: PdnSize, geometry: Geometry, weights: Weights) -> Folded:
+    """Fold a model's weights, in float64; the results are of the weights' own type."""
+    networks = {
+        name: _network(name, layers, weights) for name, layers in efficientad_layers(size, geometry).items()
+    }
+    (teacher, described), (student, imitates), (autoencoder, predicted) = networks.values()
+    dtype = described.weight.dtype
+    scale = 1 / weights["teacher_std"].astype(np.float64)
+    shift = (_bias(described) - weights["teacher_mean"]) * scale
+    scaled = described.weight * scale[:, None, None, None]
+    imitates_teacher, imitates_autoencoder = np.split(imitates.weight, [TEACHER_CHANNELS])
+    bias_teacher, bias_autoencoder = np.split(_bias(imitates), [TEACHER_CHANNELS])
+    return Folded(
+        geometry=geometry,
+        teacher=teacher,
+        student=student,
+        autoencoder=autoencoder,
+        difference=Filters(
+            np.concatenate([scaled, -imitates_teacher], axis=1).astype(dtype), (shift - bias_teacher).astype(dtype)
+        ),
+        predicted=Filters(
+            predicted.weight, (_bias(predicted) - bias_autoencoder).astype(dtype), padding=predicted.padding
+        ),
+        imitated=Filters(imitates_autoencoder),
     )
-    made.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return made
+
+
+def _network(name: str, layers: Layers, weights: Weights) -> tuple[Trunk, Filters]:
+    """Return a network's trunk and its last convolution."""
+    filters = {
+        index: Filters(
+            weights[f"{name}.{index}.weight"], weights[f"{name}.{index}.bias"], layer.stride, layer.padding
+        )
+        for index, layer in enumerate(layers)
+        if isinstance(layer, Convolution)
+    }
+    last = filters.pop(len(layers) - 1)
+    return Trunk(layers[:-1], filters), last
+
+
+def _bias(filters: Filters) -> NDArray[np.float64]:
+    assert filters.bias is not None
+    return filters.bias.astype(np.float64)

@@ -7,8 +7,6 @@ import os
 import platform
 from pathlib import Path
 
-import torch
-
 _VERSIONS = {
     "inspectord": "inspectord",
     "openvino": "openvino",
@@ -20,6 +18,8 @@ _VERSIONS = {
 
 def describe_machine(device: str = "cpu") -> dict[str, str | int]:
     """Name processor, versions and, for `cuda`, the GPU; `threads` are PyTorch's in this process."""
+    import torch
+
     versions = {}
     for name, distribution in _VERSIONS.items():
         try:

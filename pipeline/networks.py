@@ -1,93 +1,55 @@
-"""EfficientAD's networks: PDN teacher and student, the autoencoder, and the two raw anomaly maps.
+"""EfficientAD's networks in PyTorch: PDN teacher and student, the autoencoder, and the two raw anomaly maps.
 
 Batzner, Heckler, König, "EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies",
-arXiv 2303.14535, tables 5 to 7 and algorithms 1 and 3.
+arXiv 2303.14535, algorithms 1 and 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.architecture import (
+    TEACHER_CHANNELS,
+    AveragePool,
+    Convolution,
+    Dropout,
+    Layer,
+    PdnSize,
+    Relu,
+    Stretch,
+    efficientad_layers,
+    pdn_layers,
+)
+from pipeline.bundle import Model
 from pipeline.geometry import AUTOENCODER_PX, Geometry, Tile
-
-PdnSize = Literal["small", "medium"]
-TEACHER_CHANNELS = 384
-_DROPOUT = 0.2
 
 
 def pdn(size: PdnSize, out_channels: int, *, padded: bool) -> nn.Sequential:
-    """Build a patch description network (paper, tables 5 and 6).
-
-    Module indices are those of the public reference, so its state dicts have the same keys.
-
-    Args:
-        size: `small` (EfficientAD-S) or `medium` (EfficientAD-M).
-        out_channels: 384 for a teacher, 768 for a student.
-        padded: zero-pad as in the paper (64×64 for 256×256), or not at all (56×56).
-    """
-    wide, one = (3, 1) if padded else (0, 0)
-    if size == "small":
-        return nn.Sequential(
-            nn.Conv2d(3, 128, 4, padding=wide),
-            nn.ReLU(inplace=True),
-            nn.AvgPool2d(2, 2, padding=one),
-            nn.Conv2d(128, 256, 4, padding=wide),
-            nn.ReLU(inplace=True),
-            nn.AvgPool2d(2, 2, padding=one),
-            nn.Conv2d(256, 256, 3, padding=one),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(256, out_channels, 4),
-        )
-    return nn.Sequential(
-        nn.Conv2d(3, 256, 4, padding=wide),
-        nn.ReLU(inplace=True),
-        nn.AvgPool2d(2, 2, padding=one),
-        nn.Conv2d(256, 512, 4, padding=wide),
-        nn.ReLU(inplace=True),
-        nn.AvgPool2d(2, 2, padding=one),
-        nn.Conv2d(512, 512, 1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(512, 512, 3, padding=one),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(512, out_channels, 4),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(out_channels, out_channels, 1),
-    )
+    """Build a patch description network (`pdn_layers`)."""
+    return nn.Sequential(*map(make_module, pdn_layers(size, out_channels, padded=padded)))
 
 
-def autoencoder(out_channels: int, output_cells: int) -> nn.Sequential:
-    """Build the autoencoder (paper, table 7): 256×256 px through a bottleneck of 64 numbers.
-
-    Args:
-        out_channels: 384, as the teacher's.
-        output_cells: side of the square output: 56 beside an unpadded PDN, 64 beside a padded one.
-    """
-    encoder: list[nn.Module] = []
-    channels = 3
-    for width in (32, 32, 64, 64, 64):
-        encoder += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
-        channels = width
-    encoder.append(nn.Conv2d(64, 64, 8))
-    decoder: list[nn.Module] = []
-    for cells in (3, 8, 15, 32, 63, 127):
-        decoder += [
-            nn.Upsample(size=cells, mode="bilinear"),
-            nn.Conv2d(64, 64, 4, padding=2),
-            nn.ReLU(inplace=True),
-            nn.Dropout(_DROPOUT),
-        ]
-    decoder += [
-        nn.Upsample(size=output_cells, mode="bilinear"),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(64, out_channels, 3, padding=1),
-    ]
-    return nn.Sequential(*encoder, *decoder)
+def make_module(layer: Layer) -> nn.Module:
+    """Build one layer, its weights random."""
+    match layer:
+        case Convolution():
+            return nn.Conv2d(
+                layer.inputs, layer.outputs, layer.kernel_px, stride=layer.stride, padding=layer.padding
+            )
+        case Relu():
+            return nn.ReLU(inplace=True)
+        case AveragePool():
+            return nn.AvgPool2d(2, 2, padding=layer.padding)
+        case Stretch():
+            return nn.Upsample(size=layer.cells, mode="bilinear")
+        case Dropout():
+            return nn.Dropout(layer.share)
 
 
 class EfficientAD(nn.Module):
@@ -106,10 +68,9 @@ class EfficientAD(nn.Module):
         super().__init__()
         self.size = size
         self.geometry = geometry
-        whole = Geometry(AUTOENCODER_PX, AUTOENCODER_PX, padded=geometry.padded)
-        self.teacher = pdn(size, TEACHER_CHANNELS, padded=geometry.padded)
-        self.student = pdn(size, 2 * TEACHER_CHANNELS, padded=geometry.padded)
-        self.autoencoder = autoencoder(TEACHER_CHANNELS, whole.map_width)
+        self.teacher, self.student, self.autoencoder = (
+            nn.Sequential(*map(make_module, layers)) for layers in efficientad_layers(size, geometry).values()
+        )
         self.register_buffer("teacher_mean", torch.zeros(TEACHER_CHANNELS))
         self.register_buffer("teacher_std", torch.ones(TEACHER_CHANNELS))
         self.teacher.requires_grad_(False)
@@ -152,6 +113,20 @@ class EfficientAD(nn.Module):
         expected = predicted[:, :, tile.rows, tile.columns]
         map_ae = (expected - student[:, TEACHER_CHANNELS:]).square().mean(dim=1)
         return map_st, map_ae
+
+
+def networks_of(model: Model) -> EfficientAD:
+    """Build the networks with a model's weights, ready to infer."""
+    networks = EfficientAD(model.size, model.geometry)
+    networks.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in model.weights.items()})
+    return networks.eval()
+
+
+def weights_of(networks: EfficientAD) -> dict[str, NDArray[np.float32]]:
+    """Copy what a model keeps of its networks."""
+    # In the order of the dimensions, whatever it is in memory.
+    state = networks.state_dict()
+    return {name: np.array(tensor.detach().cpu().numpy(), order="C") for name, tensor in state.items()}
 
 
 def run_autoencoder(network: nn.Module, image: Tensor, geometry: Geometry) -> Tensor:

@@ -7,20 +7,18 @@ range is that of anomalies, which no good image shows, and integers would cut it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from openvino import opset13 as op
-from torch import nn
 
+from pipeline.architecture import TEACHER_CHANNELS, AveragePool, Convolution, Dropout, Relu, Stretch
 from pipeline.engine import LARGEST_INT8_WEIGHT
-from pipeline.folded import FoldedEfficientAD
+from pipeline.folded import Filters, Folded, Trunk
 from pipeline.geometry import AUTOENCODER_PX
-from pipeline.networks import TEACHER_CHANNELS
 from pipeline.winograd import KERNELS_PX, SMALLEST_CHANNELS, bands, transforms
 
 Ranges = Mapping[str, float]
@@ -33,7 +31,7 @@ Part = Literal["whole", "prediction", "tile"]
 
 
 def build_graph(
-    networks: FoldedEfficientAD, part: Part = "whole", ranges: Ranges | None = None, *, winograd: bool = False
+    networks: Folded, part: Part = "whole", ranges: Ranges | None = None, *, winograd: bool = False
 ) -> ov.Model:
     """Build a graph for one image (batch 1).
 
@@ -63,7 +61,7 @@ def build_graph(
     return ov.Model(builder.maps(piece, predicted), [piece, predicted], part)
 
 
-def build_observer(networks: FoldedEfficientAD) -> tuple[ov.Model, list[str]]:
+def build_observer(networks: Folded) -> tuple[ov.Model, list[str]]:
     """Build a graph that returns the largest magnitude at each convolution's input, in the order of the names."""
     builder = _Builder(networks, None, winograd=True)
     g = networks.geometry
@@ -74,13 +72,13 @@ def build_observer(networks: FoldedEfficientAD) -> tuple[ov.Model, list[str]]:
     return ov.Model([op.concat(largest, 0)], [image], "observer"), list(builder.inputs)
 
 
-def convolution_names(networks: FoldedEfficientAD) -> list[str]:
+def convolution_names(networks: Folded) -> list[str]:
     """Name what `build_graph` wants a range of."""
     return build_observer(networks)[1]
 
 
 class _Builder:
-    def __init__(self, networks: FoldedEfficientAD, ranges: Ranges | None, *, winograd: bool) -> None:
+    def __init__(self, networks: Folded, ranges: Ranges | None, *, winograd: bool) -> None:
         self._networks = networks
         self._ranges = ranges
         self._winograd = winograd
@@ -100,69 +98,58 @@ class _Builder:
         networks = self._networks
         teacher = self._sequence("teacher", piece, networks.teacher)
         student = self._sequence("student", piece, networks.student)
-        weight, bias = _arrays(networks.difference)
         if self._ranges is None:
             both = op.concat([teacher, student], 1)
             self.inputs |= {"difference.teacher": teacher, "difference.student": student}
-            difference = _plus(self._in_float(both, weight, networks.difference), bias)
+            difference = self._in_float(both, networks.difference)
         else:
             # Each network's features have their own range.
             channels = teacher.output(0).get_shape()[1]
+            of_teacher, of_student = np.split(networks.difference.weight, [channels], axis=1)
             difference = op.add(
-                _plus(self._quantised("difference.teacher", teacher, weight[:, :channels]), bias),
-                self._quantised("difference.student", student, weight[:, channels:]),
+                self._convolution("difference.teacher", teacher, replace(networks.difference, weight=of_teacher)),
+                self._convolution("difference.student", student, Filters(of_student)),
             )
         missed = op.subtract(predicted, self._convolution("imitated", student, networks.imitated))
         return [op.reduce_mean(op.multiply(d, d), np.array([0, 1]), False) for d in (difference, missed)]
 
-    def _sequence(self, name: str, node: ov.Node, layers: nn.Sequential) -> ov.Node:
-        for index, layer in enumerate(layers):
+    def _sequence(self, name: str, node: ov.Node, trunk: Trunk) -> ov.Node:
+        for index, layer in enumerate(trunk.layers):
             match layer:
-                case nn.Conv2d():
-                    node = self._convolution(f"{name}.{index}", node, layer)
-                case nn.ReLU():
+                case Convolution():
+                    node = self._convolution(f"{name}.{index}", node, trunk.filters[index])
+                case Relu():
                     node = op.relu(node)
-                case nn.AvgPool2d():
-                    side, step, pad = ([cast(int, n)] * 2 for n in (layer.kernel_size, layer.stride, layer.padding))
-                    node = op.avg_pool(node, step, pad, pad, side, False)
-                case nn.Upsample():
-                    node = _stretched(node, cast(int, layer.size), cast(int, layer.size))
-                case nn.Dropout():
+                case AveragePool():
+                    pad = [layer.padding] * 2
+                    node = op.avg_pool(node, [2, 2], pad, pad, [2, 2], False)
+                case Stretch():
+                    node = _stretched(node, layer.cells, layer.cells)
+                case Dropout():
                     pass
-                case _:
-                    raise TypeError(f"no OpenVINO operation for {layer}")
         return node
 
-    def _convolution(self, name: str, node: ov.Node, layer: nn.Conv2d) -> ov.Node:
-        weight, bias = _arrays(layer)
+    def _convolution(self, name: str, node: ov.Node, filters: Filters) -> ov.Node:
         self.inputs[name] = node
         if self._ranges is None:
-            return _plus(self._in_float(node, weight, layer), bias)
-        return _plus(self._quantised(name, node, weight, layer), bias)
+            return self._in_float(node, filters)
+        return quantised_convolution(node, filters, self._ranges[name])
 
-    def _in_float(self, node: ov.Node, weight: NDArray[np.float32], layer: nn.Conv2d) -> ov.Node:
-        if self._winograd and _is_large(layer):
-            return winograd_convolution(node, weight, layer)
-        return _convolved(node, op.constant(weight), layer)
-
-    def _quantised(
-        self, name: str, node: ov.Node, weight: NDArray[np.float32], layer: nn.Conv2d | None = None
-    ) -> ov.Node:
-        assert self._ranges is not None
-        return quantised_convolution(node, weight, self._ranges[name], layer)
+    def _in_float(self, node: ov.Node, filters: Filters) -> ov.Node:
+        if self._winograd and _is_large(filters):
+            return winograd_convolution(node, filters)
+        return _convolved(node, op.constant(filters.weight), filters)
 
 
-def quantised_convolution(
-    node: ov.Node, weight: NDArray[np.float32], largest: float, layer: nn.Conv2d | None = None
-) -> ov.Node:
+def quantised_convolution(node: ov.Node, filters: Filters, largest: float) -> ov.Node:
     """Convolve in integers: the input by one scale, the weights by one for each output channel.
 
     Args:
         node: (1, channels, height, width)
-        weight: (outputs, channels, height, width)
+        filters: in float.
         largest: magnitude of the input that is not cut off.
-        layer: whose stride and padding to take; None: 1 and 0.
     """
+    weight = filters.weight
     largest = max(largest, _SMALLEST_RANGE)
     low = 0.0 if _is_rectified(node) else -largest * (_LEVELS // 2) / (_LEVELS // 2 - 1)
     edges = [op.constant(np.float32(value)) for value in (low, largest, low, largest)]
@@ -170,28 +157,26 @@ def quantised_convolution(
     scale = np.maximum(scale, np.float32(_SMALLEST_RANGE))
     integers = np.round(weight / scale).astype(np.int8)
     rescaled = op.multiply(op.convert(op.constant(integers), np.float32), op.constant(scale))
-    return _convolved(op.fake_quantize(node, *edges, _LEVELS), rescaled, layer)
+    return _convolved(op.fake_quantize(node, *edges, _LEVELS), rescaled, filters)
 
 
-def winograd_convolution(node: ov.Node, weight: NDArray[np.float32], layer: nn.Conv2d) -> ov.Node:
+def winograd_convolution(node: ov.Node, filters: Filters) -> ov.Node:
     """Convolve by Winograd's algorithm.
 
     Args:
         node: (1, channels, height, width)
-        weight: (outputs, channels, 3, 3) or (outputs, channels, 4, 4)
-        layer: whose padding to take; its stride is 1.
+        filters: 3×3 or 4×4, of stride 1.
     """
-    outputs, channels, kernel_px, _ = weight.shape
+    outputs, channels, kernel_px, _ = filters.weight.shape
     t = transforms(kernel_px)
     # Channels last: a pixel is one stretch of memory, and gathering tiles is copying such stretches.
     pixels = op.transpose(node, np.array([0, 2, 3, 1]))
-    down, across = cast(tuple[int, int], layer.padding)
-    if down or across:
-        edge = np.array([0, down, across, 0])
+    if filters.padding:
+        edge = np.array([0, filters.padding, filters.padding, 0])
         pixels = op.pad(pixels, edge, edge, "constant", op.constant(np.array(0, np.float32)))
     _, height, width, _ = pixels.output(0).get_shape()
     pixels = op.reshape(pixels, np.array([height * width, channels]), False)
-    to_points, back, weights = (op.constant(matrix) for matrix in (t.inputs, t.outputs, t.weights(weight)))
+    to_points, back, weights = (op.constant(matrix) for matrix in (t.inputs, t.outputs, t.weights(filters.weight)))
     convolved = []
     for band in bands(height, width, kernel_px, max(channels, outputs)):
         tiles = op.gather(pixels, op.constant(band.inputs), np.array(0))
@@ -205,16 +190,13 @@ def winograd_convolution(node: ov.Node, weight: NDArray[np.float32], layer: nn.C
     image = op.reshape(
         op.concat(convolved, 0), np.array([1, height - kernel_px + 1, width - kernel_px + 1, outputs]), False
     )
-    return op.transpose(image, np.array([0, 3, 1, 2]))
+    return _plus(op.transpose(image, np.array([0, 3, 1, 2])), filters.bias)
 
 
-def _is_large(layer: nn.Conv2d) -> bool:
+def _is_large(filters: Filters) -> bool:
     """Tell whether a convolution gains more by fewer multiplications than taking tiles to points and back costs."""
-    return (
-        layer.kernel_size in {(side, side) for side in KERNELS_PX}
-        and layer.stride == (1, 1)
-        and layer.in_channels >= SMALLEST_CHANNELS
-    )
+    _, channels, kernel_px, _ = filters.weight.shape
+    return kernel_px in KERNELS_PX and filters.stride == 1 and channels >= SMALLEST_CHANNELS
 
 
 def _is_rectified(node: ov.Node) -> bool:
@@ -224,18 +206,12 @@ def _is_rectified(node: ov.Node) -> bool:
     return bool(node.get_type_name() == "Relu")
 
 
-def _arrays(layer: nn.Conv2d) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    weight = layer.weight.numpy().astype(np.float32, copy=False)
-    return weight, None if layer.bias is None else layer.bias.numpy().astype(np.float32, copy=False)
+def _convolved(node: ov.Node, weight: ov.Node, filters: Filters) -> ov.Node:
+    step, pad = [filters.stride] * 2, [filters.padding] * 2
+    return _plus(op.convolution(node, weight, step, pad, pad, [1, 1]), filters.bias)
 
 
-def _convolved(node: ov.Node, weight: ov.Node, layer: nn.Conv2d | None) -> ov.Node:
-    step = [1, 1] if layer is None else list(layer.stride)
-    pad = [0, 0] if layer is None else list(cast(tuple[int, int], layer.padding))
-    return op.convolution(node, weight, step, pad, pad, [1, 1])
-
-
-def _plus(node: ov.Node, bias: NDArray[np.float32] | None) -> ov.Node:
+def _plus(node: ov.Node, bias: NDArray[np.floating[Any]] | None) -> ov.Node:
     return node if bias is None else op.add(node, op.constant(bias.reshape(1, -1, 1, 1)))
 
 
@@ -253,9 +229,17 @@ def _stretched(node: ov.Node, height: int, width: int) -> ov.Node:
 
 
 def _shrunk(node: ov.Node, axis: int, size_px: int) -> ov.Node:
-    """Resize one axis to the autoencoder's size by PyTorch's own antialiased weights."""
-    identity = torch.eye(size_px)[None, None]
-    weights = F.interpolate(identity, size=(AUTOENCODER_PX, size_px), mode="bilinear", antialias=True)[0, 0].numpy()
+    """Resize one axis to the autoencoder's size."""
+    weights = antialiased_weights(size_px, AUTOENCODER_PX)
     if axis == 2:
         return op.matmul(op.constant(weights), node, False, False)
     return op.matmul(node, op.constant(weights), False, True)
+
+
+def antialiased_weights(inputs: int, outputs: int) -> NDArray[np.float32]:
+    """Return what PyTorch's bilinear `interpolate(antialias=True)` takes of each input, (outputs, inputs)."""
+    step = inputs / outputs
+    centres = step * (np.arange(outputs) + 0.5)
+    distance = np.abs(np.arange(inputs) + 0.5 - centres[:, None])
+    weights = np.maximum(0, 1 - distance / max(step, 1))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)

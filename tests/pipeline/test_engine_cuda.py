@@ -10,8 +10,10 @@ import torch
 from drivers.frame import PixelFormat
 from pipeline.bundle import Model
 from pipeline.engines import frame_memory
-from pipeline.folded import FoldedEfficientAD
+from pipeline.folded import fold
+from pipeline.folded_networks import FoldedEfficientAD
 from pipeline.geometry import Geometry
+from pipeline.networks import weights_of
 from pipeline.preprocess import Preprocessor, PreprocessSpec
 from tests.pipeline.test_networks import seeded_model
 
@@ -23,7 +25,7 @@ def model_and_engine(precision="fp32", size="small", geometry=None, seed=0):
 
     networks = seeded_model(size, geometry or Geometry(), seed)
     g = networks.geometry
-    model = Model(size, g, PreprocessSpec(g.image_width, g.image_height), networks.state_dict())
+    model = Model(size, g, PreprocessSpec(g.image_width, g.image_height), weights_of(networks))
     engine = CudaEngine(model, precision)
     engine.warm_up()
     return networks, Preprocessor(model.preprocess), engine
@@ -44,7 +46,8 @@ def check_maps(found, wanted, precision):
 
 
 def test_a_strong_anomaly_fits_into_the_maps_of_float16(rng):
-    folded = FoldedEfficientAD(seeded_model(geometry=Geometry(64, 64))).half()
+    networks = seeded_model(geometry=Geometry(64, 64))
+    folded = FoldedEfficientAD(fold("small", networks.geometry, weights_of(networks))).half()
     (tile,) = folded.geometry.tiles()
     cells = (folded.geometry.map_height, folded.geometry.map_width)
     before_last = (cells[0] + 3, cells[1] + 3)

@@ -8,6 +8,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+import torch.nn.functional as F
 from openvino import opset13 as op
 from torch import nn
 
@@ -16,10 +17,12 @@ from pipeline.bundle import Bundle, Model, PrecisionCalibration, read_bundle
 from pipeline.engine import LARGEST_INT8_WEIGHT
 from pipeline.engine_cpu import CpuEngine, compile_options, cpu_precisions, observe_ranges
 from pipeline.engines import EngineUnavailable, make_engine, reduced_precisions
-from pipeline.folded import FoldedEfficientAD
+from pipeline.folded import Filters, fold
+from pipeline.folded_networks import FoldedEfficientAD
 from pipeline.geometry import Geometry
 from pipeline.inspect import Inspector
-from pipeline.openvino_graph import quantised_convolution
+from pipeline.networks import weights_of
+from pipeline.openvino_graph import antialiased_weights, quantised_convolution
 from pipeline.preprocess import PreprocessSpec
 from pipeline.scoring import Quantiles
 from tests.pipeline.test_networks import seeded_model
@@ -37,7 +40,11 @@ EACH = pytest.mark.parametrize(
 
 def model_of(networks):
     g = networks.geometry
-    return Model(networks.size, g, PreprocessSpec(g.image_width, g.image_height), networks.state_dict())
+    return Model(networks.size, g, PreprocessSpec(g.image_width, g.image_height), weights_of(networks))
+
+
+def folded_networks(networks):
+    return FoldedEfficientAD(fold(networks.size, networks.geometry, weights_of(networks)))
 
 
 def random_image(rng, geometry):
@@ -54,14 +61,14 @@ def test_folding_is_exact(size, geometry):
     networks = seeded_model(size, geometry).double()
     image = torch.randn(1, 3, geometry.image_height, geometry.image_width, dtype=torch.float64)
     with torch.inference_mode():
-        for folded, plain in zip(FoldedEfficientAD(networks)(image), networks(image), strict=True):
+        for folded, plain in zip(folded_networks(networks)(image), networks(image), strict=True):
             torch.testing.assert_close(folded, plain, rtol=1e-11, atol=1e-11)
 
 
 def test_folding_leaves_the_networks_as_they_are():
     networks = seeded_model()
     before = {name: tensor.clone() for name, tensor in networks.state_dict().items()}
-    FoldedEfficientAD(networks)
+    folded_networks(networks)
     assert all(torch.equal(tensor, before[name]) for name, tensor in networks.state_dict().items())
 
 
@@ -98,7 +105,7 @@ def test_what_comes_after_the_differences_is_not_cut_off_in_integers(rng):
     ranges = observe_ranges(model, [image])
     with torch.no_grad():  # the student is wrong everywhere by 100 σ: the features stay, the difference does not
         networks.student[-1].bias += 100.0
-    wrong = replace(model, weights=networks.state_dict(), ranges=ranges)
+    wrong = replace(model, weights=weights_of(networks), ranges=ranges)
     (st, ae), (wanted_st, wanted_ae) = CpuEngine(wrong, 2, "int8").infer(image), maps_by_torch(networks, image)
     np.testing.assert_allclose(st, wanted_st, rtol=0.02)
     np.testing.assert_allclose(ae, wanted_ae, rtol=0.02)
@@ -112,7 +119,9 @@ def test_integers_do_not_overflow_between_two_products(sign, rectified):
     assert np.iinfo(np.int16).max >= 2 * 255 * LARGEST_INT8_WEIGHT
     given = op.parameter([1, 64, 8, 8], np.float32)
     weight = np.full((64, 64, 3, 3), sign, np.float32)
-    graph = ov.Model([quantised_convolution(op.relu(given) if rectified else given, weight, 1.0)], [given], "full")
+    graph = ov.Model(
+        [quantised_convolution(op.relu(given) if rectified else given, Filters(weight), 1.0)], [given], "full"
+    )
     request = engine_cpu.CORE.compile_model(graph, "CPU", compile_options("int8", 1)).create_infer_request()
     (found,) = request.infer([np.ones((1, 64, 8, 8), np.float32)]).values()
     np.testing.assert_allclose(found, sign * 64 * 9, rtol=0.005)
@@ -232,15 +241,50 @@ def test_a_trained_bundle_knows_the_precisions_of_the_machine(tiny_bundle):
     assert (own.quantiles, own.threshold, own.largest_deviation) == (bundle.quantiles, bundle.threshold, 0.0)
 
 
+_WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+import daemon.cli_line, daemon.station
+from pipeline.bundle import read_bundle
+from pipeline.engines import make_engine, reduced_precisions
+bundle = read_bundle(Path(sys.argv[1]))
+for precision in ("fp32", *reduced_precisions("cpu")):
+    make_engine(bundle, "cpu", 1, precision).engine.warm_up()
+print(sorted({"torch", "calibrate.train"} & sys.modules.keys()))
+"""
+
+
+def test_a_line_on_the_cpu_starts_without_pytorch(tiny_bundle):
+    """Loading it takes seconds in which a daemon that was killed judges nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH, tiny_bundle],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.mark.parametrize("inputs", [64, 200, 256, 320, 1024, 1500])
+def test_the_autoencoders_picture_is_pytorchs_antialiased_one(inputs, rng):
+    line = rng.normal(0, 1, inputs).astype(np.float32)
+    wanted = F.interpolate(
+        torch.from_numpy(line)[None, None, None].double(), size=(1, 256), mode="bilinear", antialias=True
+    )
+    np.testing.assert_allclose(antialiased_weights(inputs, 256) @ line, wanted[0, 0, 0], atol=1e-5)
+
+
 _SIGNALS = """
 import os, signal
 from pipeline.bundle import Model
 from pipeline.engine_cpu import CpuEngine, cpu_precisions
 from pipeline.geometry import Geometry
 from pipeline.preprocess import PreprocessSpec
+from pipeline.networks import weights_of
 from tests.pipeline.test_networks import seeded_model
 networks = seeded_model(geometry=Geometry(64, 64))
-model = Model("small", networks.geometry, PreprocessSpec(64, 64), networks.state_dict())
+model = Model("small", networks.geometry, PreprocessSpec(64, 64), weights_of(networks))
 engines = [CpuEngine(model, 1, precision) for precision in cpu_precisions() if precision != "int8"]
 engines.append(CpuEngine(model, 1))
 for engine in engines:

@@ -70,7 +70,7 @@ def test_finite_maps_that_overflow_on_the_way_are_invalid_engine(bundle, part):
 
 
 def test_weights_gone_bad_in_memory_are_invalid_engine(bundle, part):
-    weights = {name: tensor.clone() for name, tensor in bundle.model.weights.items()}
+    weights = {name: array.copy() for name, array in bundle.model.weights.items()}
     weights["student.8.weight"][0, 0, 0, 0] = float("nan")  # no ReLU after it that would hide it
     found = Inspector(bundle, CpuEngine(replace(bundle.model, weights=weights))).inspect(part)
     assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.ENGINE)
@@ -220,13 +220,22 @@ def test_every_limit_can_be_switched_off():
 # Choosing the engine
 
 
-def test_cuda_asked_for_and_missing_is_an_error_and_auto_says_why(bundle, monkeypatch):
+@pytest.mark.parametrize(
+    ("driver", "said"), [(False, "no NVIDIA driver was found"), (True, "PyTorch finds no CUDA device")]
+)
+def test_cuda_asked_for_and_missing_is_an_error_and_auto_says_why(driver, said, bundle, monkeypatch):
+    def load(name):
+        assert name == "libcuda.so.1"
+        if not driver:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("pipeline.engines.ctypes.CDLL", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EngineUnavailable, match="device: cuda was asked for, but PyTorch finds no CUDA device"):
+    with pytest.raises(EngineUnavailable, match=f"device: cuda was asked for, but {said}"):
         make_engine(bundle, "cuda")
     choice = make_engine(bundle, "auto")
     assert choice.engine.device == "cpu"
-    assert "no CUDA device" in choice.because
+    assert said in choice.because
 
 
 def test_what_a_first_frame_needs_is_prepared_before_it_comes(bundle, rng):
