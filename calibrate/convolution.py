@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.winograd import KERNELS_PX, LARGEST_BAND, SMALLEST_CHANNELS, TILE_PX, transforms
+from pipeline.winograd import KERNELS_PX, SMALLEST_CHANNELS, TILE_PX, Tiling, transforms
 
 
 class Convolution(nn.Conv2d):
@@ -70,9 +70,9 @@ class _Tiles:
     def __init__(self, image: Tensor, weight: Tensor) -> None:
         self.count, self.channels, self.height, self.width = image.shape
         self.outputs, _, self.kernel_px, _ = weight.shape
-        self.side = TILE_PX + self.kernel_px - 1
-        self.height_out, self.width_out = (n - self.kernel_px + 1 for n in (self.height, self.width))
-        self.down, self.across = (-(-n // TILE_PX) for n in (self.height_out, self.width_out))
+        self._tiling = tiling = Tiling(self.height, self.width, self.kernel_px)
+        self.side, self.down, self.across = tiling.side, tiling.down, tiling.across
+        self.height_out, self.width_out = tiling.height_out, tiling.width_out
         taken = transforms(self.kernel_px)
         self.inputs, self.results, self.kernel = (
             torch.from_numpy(matrix.astype(np.float32)) for matrix in (taken.inputs, taken.outputs, taken.kernel)
@@ -80,10 +80,9 @@ class _Tiles:
 
     def bands(self) -> Iterator[tuple[int, int, int]]:
         """Yield image, first row of tiles and number of rows."""
-        each = max(1, LARGEST_BAND // (self.side**2 * self.across * max(self.channels, self.outputs)))
         for number in range(self.count):
-            for first in range(0, self.down, each):
-                yield number, first, min(each, self.down - first)
+            for first, rows in self._tiling.bands(max(self.channels, self.outputs)):
+                yield number, first, rows
 
     def weights(self, weight: Tensor) -> Tensor:
         """Take a kernel to the points, (n², channels, outputs)."""

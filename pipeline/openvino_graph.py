@@ -19,7 +19,7 @@ from pipeline.architecture import TEACHER_CHANNELS, AveragePool, Convolution, Dr
 from pipeline.engine import LARGEST_INT8_WEIGHT
 from pipeline.folded import Filters, Folded, Trunk
 from pipeline.geometry import AUTOENCODER_PX
-from pipeline.winograd import KERNELS_PX, SMALLEST_CHANNELS, bands, transforms
+from pipeline.winograd import KERNELS_PX, SMALLEST_CHANNELS, Tiling, transforms
 
 Ranges = Mapping[str, float]
 """Largest magnitude that each convolution's input takes, by the convolution's name."""
@@ -177,19 +177,16 @@ def winograd_convolution(node: ov.Node, filters: Filters) -> ov.Node:
     _, height, width, _ = pixels.output(0).get_shape()
     pixels = op.reshape(pixels, np.array([height * width, channels]), False)
     to_points, back, weights = (op.constant(matrix) for matrix in (t.inputs, t.outputs, t.weights(filters.weight)))
+    tiling = Tiling(height, width, kernel_px)
     convolved = []
-    for band in bands(height, width, kernel_px, max(channels, outputs)):
-        tiles = op.gather(pixels, op.constant(band.inputs), np.array(0))
+    for first, rows in tiling.bands(max(channels, outputs)):
+        tiles = op.gather(pixels, op.constant(tiling.inputs(first, rows)), np.array(0))
         tiles = op.matmul(to_points, op.reshape(tiles, np.array([t.points, -1]), False), False, False)
-        products = op.matmul(
-            op.reshape(tiles, np.array([t.points, band.tiles, channels]), False), weights, False, False
-        )
+        products = op.matmul(op.reshape(tiles, np.array([t.points, -1, channels]), False), weights, False, False)
         results = op.matmul(back, op.reshape(products, np.array([t.points, -1]), False), False, False)
         results = op.reshape(results, np.array([-1, outputs]), False)
-        convolved.append(op.gather(results, op.constant(band.outputs), np.array(0)))
-    image = op.reshape(
-        op.concat(convolved, 0), np.array([1, height - kernel_px + 1, width - kernel_px + 1, outputs]), False
-    )
+        convolved.append(op.gather(results, op.constant(tiling.outputs(first, rows)), np.array(0)))
+    image = op.reshape(op.concat(convolved, 0), np.array([1, tiling.height_out, tiling.width_out, outputs]), False)
     return _plus(op.transpose(image, np.array([0, 3, 1, 2])), filters.bias)
 
 

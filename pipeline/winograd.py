@@ -51,14 +51,65 @@ class Transforms:
 
 
 @dataclass(frozen=True)
-class Band:
-    """Some rows of an image's tiles, computed together."""
+class Tiling:
+    """How tiles cover an image."""
 
-    tiles: int
-    inputs: NDArray[np.int32]
-    """(n²·tiles,) the pixel that each point's tile reads, row by row of the (padded) input."""
-    outputs: NDArray[np.int32]
-    """(rows·width of the output,) which of the (16·tiles) results each of its pixels is, row by row."""
+    height: int
+    """Of the (padded) input."""
+    width: int
+    """The same."""
+    kernel_px: int
+    """3 or 4."""
+
+    @property
+    def side(self) -> int:
+        """n, of a tile's inputs."""
+        return TILE_PX + self.kernel_px - 1
+
+    @property
+    def height_out(self) -> int:
+        """Of the output."""
+        return self.height - self.kernel_px + 1
+
+    @property
+    def width_out(self) -> int:
+        """Of the output."""
+        return self.width - self.kernel_px + 1
+
+    @property
+    def down(self) -> int:
+        """Rows of tiles; the last may reach beyond the edge."""
+        return -(-self.height_out // TILE_PX)
+
+    @property
+    def across(self) -> int:
+        """Tiles in a row."""
+        return -(-self.width_out // TILE_PX)
+
+    def bands(self, channels: int) -> Iterator[tuple[int, int]]:
+        """Yield first row and number of rows of tiles that are computed together.
+
+        Args:
+            channels: the larger number of input's and output's.
+        """
+        most = max(1, LARGEST_BAND // (self.side**2 * self.across * channels))
+        each = -(-self.down // -(-self.down // most))
+        for first in range(0, self.down, each):
+            yield first, min(each, self.down - first)
+
+    def inputs(self, first: int, rows: int) -> NDArray[np.int32]:
+        """Tell which pixel each point's tile reads in a band: (n²·tiles,), row by row of the (padded) input."""
+        # What lies beyond the edge counts for outputs that are cut off again.
+        y = np.minimum(np.arange(self.side)[:, None] + TILE_PX * np.arange(first, first + rows), self.height - 1)
+        x = np.minimum(np.arange(self.side)[:, None] + TILE_PX * np.arange(self.across), self.width - 1)
+        return np.asarray(y[:, None, :, None] * self.width + x[None, :, None, :], np.int32).ravel()
+
+    def outputs(self, first: int, rows: int) -> NDArray[np.int32]:
+        """Tell which of a band's (16·tiles) results each pixel of the output is, row by row."""
+        y, x = np.arange(min(TILE_PX * rows, self.height_out - TILE_PX * first)), np.arange(self.width_out)
+        place = (y % TILE_PX)[:, None] * TILE_PX + x % TILE_PX
+        tile = (y // TILE_PX)[:, None] * self.across + x // TILE_PX
+        return np.asarray(place * (rows * self.across) + tile, np.int32).ravel()
 
 
 @cache
@@ -78,36 +129,6 @@ def transforms(kernel_px: int) -> Transforms:
     return Transforms(
         points=len(to_points), inputs=to_points.astype(np.float32), outputs=back.astype(np.float32), kernel=taken
     )
-
-
-def bands(height: int, width: int, kernel_px: int, channels: int) -> Iterator[Band]:
-    """Cut an image into bands of tiles, from top to bottom.
-
-    Args:
-        height: of the (padded) input.
-        width: the same.
-        kernel_px: 3 or 4.
-        channels: the larger number of input's and output's.
-    """
-    side = TILE_PX + kernel_px - 1
-    height_out, width_out = height - kernel_px + 1, width - kernel_px + 1
-    down, across = -(-height_out // TILE_PX), -(-width_out // TILE_PX)
-    most = max(1, LARGEST_BAND // (side**2 * across * channels))
-    rows_each = -(-down // -(-down // most))
-    # What lies beyond the edge counts for outputs that are cut off again.
-    x = np.minimum(np.arange(side)[:, None] + TILE_PX * np.arange(across), width - 1)
-    x_out = np.arange(width_out)
-    for first in range(0, down, rows_each):
-        rows = min(rows_each, down - first)
-        y = np.minimum(np.arange(side)[:, None] + TILE_PX * np.arange(first, first + rows), height - 1)
-        y_out = np.arange(min(TILE_PX * rows, height_out - TILE_PX * first))
-        place = (y_out % TILE_PX)[:, None] * TILE_PX + x_out % TILE_PX
-        tile = (y_out // TILE_PX)[:, None] * across + x_out // TILE_PX
-        yield Band(
-            tiles=rows * across,
-            inputs=(y[:, None, :, None] * width + x[None, :, None, :]).astype(np.int32).ravel(),
-            outputs=(place * (rows * across) + tile).astype(np.int32).ravel(),
-        )
 
 
 def _both_axes(matrix: list[list[Fraction]]) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from calibrate import convolution
 from calibrate.convolution import convolve, with_fast_convolutions
+from pipeline import winograd
 from pipeline.networks import pdn
 
 
@@ -37,7 +38,7 @@ def test_values_and_gradients_are_those_of_a_direct_convolution(
     shape, padding, kernel_px, layout, band, counted, monkeypatch
 ):
     """Summed in float64, in all sizes of what remains beside whole tiles."""
-    monkeypatch.setattr(convolution, "LARGEST_BAND", band)
+    monkeypatch.setattr(winograd, "LARGEST_BAND", band)
     torch.manual_seed(0)
     image = torch.randn(2, 128, *shape).contiguous(memory_format=layout)
     weight, bias = torch.randn(24, 128, kernel_px, kernel_px) / 40, torch.randn(24)
