@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibrate.allocator import keep_freed_memory
 from calibrate.augment import augment, natural_image, read_natural_image, turn
-from calibrate.convolution import with_fast_convolutions
+from calibrate.convolution import use_winograd
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages
 from calibrate.layouts import DatasetError, ImageFile
 from calibrate.losses import Losses, efficientad_losses
@@ -72,7 +72,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = EfficientAD(options.size, options.geometry).to(device)
         for network in (self.model.teacher, self.model.student):
-            with_fast_convolutions(network)
+            use_winograd(network)
         self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         learnt = [*self.model.student.parameters(), *self.model.autoencoder.parameters()]
         self.optimizer = torch.optim.Adam(learnt, lr=options.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)

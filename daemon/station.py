@@ -278,7 +278,7 @@ class Station:
             self._log.warning("numbers of an earlier run without a verdict", first=left[0], last=left[-1])
         for sequence in left:
             self._ledger.restore(sequence)
-        # What is there now stays; looking through torch's half a million objects would hold a verdict up.
+        # What is there now stays: looking through half a million objects (PyTorch's) would hold a verdict up.
         gc.collect()
         gc.freeze()
         self._line.triggers.open()

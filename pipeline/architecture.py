@@ -40,7 +40,7 @@ class AveragePool:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Upsample:
     """Bilinear to a square of so many cells."""
 
     cells: int
@@ -50,10 +50,10 @@ class Stretch:
 class Dropout:
     """Zeros at random while training, nothing afterwards."""
 
-    share: float
+    rate: float
 
 
-Layer = Convolution | Relu | AveragePool | Stretch | Dropout
+Layer = Convolution | Relu | AveragePool | Upsample | Dropout
 Layers = tuple[Layer, ...]
 
 
@@ -103,8 +103,8 @@ def autoencoder_layers(out_channels: int, output_cells: int) -> Layers:
         channels = width
     layers.append(Convolution(64, 64, 8))
     for cells in (3, 8, 15, 32, 63, 127):
-        layers += [Stretch(cells), Convolution(64, 64, 4, padding=2), Relu(), Dropout(_DROPOUT)]
-    layers += [Stretch(output_cells), Convolution(64, 64, 3, padding=1), Relu()]
+        layers += [Upsample(cells), Convolution(64, 64, 4, padding=2), Relu(), Dropout(_DROPOUT)]
+    layers += [Upsample(output_cells), Convolution(64, 64, 3, padding=1), Relu()]
     return (*layers, Convolution(64, out_channels, 3, padding=1))
 
 

@@ -134,9 +134,9 @@ def _precision(bundle: Bundle, wanted: PrecisionChoice, able: list[Precision]) -
 def _why_no_cuda() -> str | None:
     try:
         ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    except OSError as error:
         # Known without PyTorch, which takes seconds to load.
-        return "no NVIDIA driver was found"
+        return f"no NVIDIA driver was found ({error})"
     import torch
 
     if not torch.cuda.is_available():

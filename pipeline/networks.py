@@ -22,11 +22,10 @@ from pipeline.architecture import (
     Layer,
     PdnSize,
     Relu,
-    Stretch,
+    Upsample,
     efficientad_layers,
     pdn_layers,
 )
-from pipeline.bundle import Model
 from pipeline.geometry import AUTOENCODER_PX, Geometry, Tile
 
 
@@ -46,10 +45,10 @@ def make_module(layer: Layer) -> nn.Module:
             return nn.ReLU(inplace=True)
         case AveragePool():
             return nn.AvgPool2d(2, 2, padding=layer.padding)
-        case Stretch():
+        case Upsample():
             return nn.Upsample(size=layer.cells, mode="bilinear")
         case Dropout():
-            return nn.Dropout(layer.share)
+            return nn.Dropout(layer.rate)
 
 
 class EfficientAD(nn.Module):
@@ -113,13 +112,6 @@ class EfficientAD(nn.Module):
         expected = predicted[:, :, tile.rows, tile.columns]
         map_ae = (expected - student[:, TEACHER_CHANNELS:]).square().mean(dim=1)
         return map_st, map_ae
-
-
-def networks_of(model: Model) -> EfficientAD:
-    """Build the networks with a model's weights, ready to infer."""
-    networks = EfficientAD(model.size, model.geometry)
-    networks.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in model.weights.items()})
-    return networks.eval()
 
 
 def weights_of(networks: EfficientAD) -> dict[str, NDArray[np.float32]]:

@@ -15,11 +15,11 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from pipeline.architecture import TEACHER_CHANNELS, AveragePool, Convolution, Dropout, Relu, Stretch
+from pipeline.architecture import TEACHER_CHANNELS, AveragePool, Convolution, Dropout, Relu, Upsample
 from pipeline.engine import LARGEST_INT8_WEIGHT
 from pipeline.folded import Filters, Folded, Trunk
 from pipeline.geometry import AUTOENCODER_PX
-from pipeline.winograd import KERNELS_PX, SMALLEST_CHANNELS, Tiling, transforms
+from pipeline.winograd import Tiling, pays, transforms
 
 Ranges = Mapping[str, float]
 """Largest magnitude that each convolution's input takes, by the convolution's name."""
@@ -61,9 +61,9 @@ def build_graph(
     return ov.Model(builder.maps(piece, predicted), [piece, predicted], part)
 
 
-def build_observer(networks: Folded) -> tuple[ov.Model, list[str]]:
+def build_observer(networks: Folded, *, winograd: bool = True) -> tuple[ov.Model, list[str]]:
     """Build a graph that returns the largest magnitude at each convolution's input, in the order of the names."""
-    builder = _Builder(networks, None, winograd=True)
+    builder = _Builder(networks, None, winograd=winograd)
     g = networks.geometry
     image = op.parameter([1, 3, g.image_height, g.image_width], np.float32, name="image")
     builder.maps(image, builder.predict(image))
@@ -74,7 +74,7 @@ def build_observer(networks: Folded) -> tuple[ov.Model, list[str]]:
 
 def convolution_names(networks: Folded) -> list[str]:
     """Name what `build_graph` wants a range of."""
-    return build_observer(networks)[1]
+    return build_observer(networks, winograd=False)[1]
 
 
 class _Builder:
@@ -123,7 +123,7 @@ class _Builder:
                 case AveragePool():
                     pad = [layer.padding] * 2
                     node = op.avg_pool(node, [2, 2], pad, pad, [2, 2], False)
-                case Stretch():
+                case Upsample():
                     node = _stretched(node, layer.cells, layer.cells)
                 case Dropout():
                     pass
@@ -136,7 +136,7 @@ class _Builder:
         return quantised_convolution(node, filters, self._ranges[name])
 
     def _in_float(self, node: ov.Node, filters: Filters) -> ov.Node:
-        if self._winograd and _is_large(filters):
+        if self._winograd and filters.stride == 1 and pays(filters.weight.shape):
             return winograd_convolution(node, filters)
         return _convolved(node, op.constant(filters.weight), filters)
 
@@ -188,12 +188,6 @@ def winograd_convolution(node: ov.Node, filters: Filters) -> ov.Node:
         convolved.append(op.gather(results, op.constant(tiling.outputs(first, rows)), np.array(0)))
     image = op.reshape(op.concat(convolved, 0), np.array([1, tiling.height_out, tiling.width_out, outputs]), False)
     return _plus(op.transpose(image, np.array([0, 3, 1, 2])), filters.bias)
-
-
-def _is_large(filters: Filters) -> bool:
-    """Tell whether a convolution gains more by fewer multiplications than taking tiles to points and back costs."""
-    _, channels, kernel_px, _ = filters.weight.shape
-    return kernel_px in KERNELS_PX and filters.stride == 1 and channels >= SMALLEST_CHANNELS
 
 
 def _is_rectified(node: ov.Node) -> bool:

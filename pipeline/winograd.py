@@ -22,12 +22,12 @@ _POINTS = {
     4: [Fraction(p) for p in ("0", "1", "-1", "2", "-2", "1/2")],
 }
 """By the kernel's size, infinity apart: small ones and their inverses cost the fewest digits."""
-KERNELS_PX = tuple(_POINTS)
-"""Kernels that can be computed so."""
-SMALLEST_CHANNELS = 128
-"""Fewest inputs for which the way to the points and back costs less than it saves (seen on a Zen 3)."""
+_SMALLEST_CHANNELS = 128
+"""Fewest inputs for which transforming costs less than it saves (seen on a Zen 3)."""
 LARGEST_BAND = 2**24
-"""Values at the points of one band of tiles: 64 MiB in float32."""
+"""Values of one band of transformed tiles: 64 MiB in float32, of which an engine holds up to three at once."""
+_BLOCK = 64
+"""Outputs whose kernels are transformed together: in float64 all of them would take twice what remains."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,12 @@ class Transforms:
     def weights(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
         """Take kernels (outputs, channels, kernel, kernel) to the points: (n², channels, outputs)."""
         outputs, channels, *_ = weight.shape
-        rows = weight.transpose(2, 3, 1, 0).reshape(-1, channels * outputs)
-        return (self.kernel @ rows.astype(np.float64)).astype(np.float32).reshape(-1, channels, outputs)
+        found = np.empty((self.points, channels, outputs), np.float32)
+        for first in range(0, outputs, _BLOCK):
+            block = weight[first : first + _BLOCK].transpose(2, 3, 1, 0)
+            rows = block.reshape(self.kernel.shape[1], -1).astype(np.float64)
+            found[..., first : first + _BLOCK] = (self.kernel @ rows).reshape(self.points, channels, -1)
+        return found
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,12 @@ class Tiling:
         place = (y % TILE_PX)[:, None] * TILE_PX + x % TILE_PX
         tile = (y // TILE_PX)[:, None] * self.across + x // TILE_PX
         return np.asarray(place * (rows * self.across) + tile, np.int32).ravel()
+
+
+def pays(shape: Sequence[int]) -> bool:
+    """Tell whether a convolution of stride 1 is faster so, by its weights' shape."""
+    _, channels, *kernel = shape
+    return channels >= _SMALLEST_CHANNELS and kernel in ([3, 3], [4, 4])
 
 
 @cache

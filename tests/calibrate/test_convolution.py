@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from calibrate import convolution
-from calibrate.convolution import convolve, with_fast_convolutions
+from calibrate.convolution import convolve, use_winograd
 from pipeline import winograd
 from pipeline.networks import pdn
 
@@ -22,10 +22,10 @@ def gradients(function, *inputs):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Tell how often the fast way was taken."""
+    """Tell how often Winograd's algorithm was taken."""
     taken = []
-    apply = convolution._ByPoints.apply
-    monkeypatch.setattr(convolution._ByPoints, "apply", lambda *given: taken.append(1) or apply(*given))
+    apply = convolution._Winograd.apply
+    monkeypatch.setattr(convolution._Winograd, "apply", lambda *given: taken.append(1) or apply(*given))
     return taken
 
 
@@ -57,7 +57,7 @@ def test_a_network_keeps_its_parameters_and_what_they_learn(size, padded, counte
     torch.manual_seed(0)
     plain = pdn(size, 384, padded=padded)
     fast = pdn(size, 384, padded=padded)
-    with_fast_convolutions(fast)
+    use_winograd(fast)
     fast.load_state_dict(plain.state_dict())
     image = torch.randn(1, 3, 64, 64)
     results = []
@@ -86,7 +86,28 @@ def test_it_stays_direct_where_that_is_faster_or_not_in_float32(counted):
     assert not counted
 
 
-def test_only_steps_of_one_pixel_are_replaced():
-    network = nn.Sequential(nn.Conv2d(128, 8, 4, stride=2), nn.Conv2d(8, 8, 3))
-    with_fast_convolutions(network)
-    assert [type(layer) for layer in network] == [nn.Conv2d, convolution.Convolution]
+@pytest.mark.parametrize("frozen", ["image", "weight", "bias"])
+def test_what_is_frozen_has_no_gradient_and_the_others_theirs(frozen):
+    torch.manual_seed(0)
+    given = {"image": torch.randn(1, 128, 9, 9), "weight": torch.randn(8, 128, 3, 3), "bias": torch.randn(8)}
+    results = []
+    for function in (convolve, F.conv2d):
+        inputs = {name: tensor.clone().requires_grad_(name != frozen) for name, tensor in given.items()}
+        function(*inputs.values()).square().mean().backward()
+        results.append({name: tensor.grad for name, tensor in inputs.items()})
+    assert results[0].pop(frozen) is results[1].pop(frozen) is None
+    for name, right in results[1].items():
+        torch.testing.assert_close(results[0][name], right, rtol=1e-3, atol=1e-4)
+
+
+def test_a_relu_may_work_in_place_behind_a_convolution_without_bias():
+    image, weight = torch.randn(1, 128, 9, 9), torch.randn(8, 128, 3, 3, requires_grad=True)
+    convolve(image, weight, None).relu_().sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_only_plain_convolutions_are_replaced():
+    others = [nn.Conv2d(128, 8, 4, stride=2), nn.Conv2d(128, 8, 3, dilation=2), nn.Conv2d(128, 8, 3, groups=2)]
+    network = nn.Sequential(*others, nn.Conv2d(8, 8, 3))
+    use_winograd(network)
+    assert [type(layer) for layer in network] == [nn.Conv2d] * 3 + [convolution.WinogradConv2d]

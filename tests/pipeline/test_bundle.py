@@ -224,7 +224,7 @@ def test_manifests_that_make_no_sense_are_refused(copy, change, message):
         read_bundle(copy)
 
 
-@pytest.mark.parametrize("kind", ["missing", "shape", "nan"])
+@pytest.mark.parametrize("kind", ["missing", "shape", "float16", "bfloat16", "nan"])
 def test_weights_that_do_not_fit_are_refused(copy, kind):
     import hashlib
 
@@ -233,11 +233,14 @@ def test_weights_that_do_not_fit_are_refused(copy, kind):
         del weights["student.0.weight"]
     elif kind == "shape":
         weights["student.0.weight"] = torch.zeros(1)
+    elif kind in ("float16", "bfloat16"):
+        weights["student.0.weight"] = weights["student.0.weight"].to(getattr(torch, kind))
     else:
         weights["student.0.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, copy / WEIGHTS)
     blob = (copy / WEIGHTS).read_bytes()
     facts = {"sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
     edit_manifest(copy, lambda m: m["files"].update({WEIGHTS: facts}))
-    with pytest.raises(BundleError, match=r"student\.0\.weight"):
+    said = r"a tensor is BF16, not float32" if kind == "bfloat16" else r"student\.0\.weight"
+    with pytest.raises(BundleError, match=rf"weights\.safetensors: .*{said}"):
         read_bundle(copy)

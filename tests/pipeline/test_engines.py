@@ -244,12 +244,14 @@ def test_a_trained_bundle_knows_the_precisions_of_the_machine(tiny_bundle):
 _WITHOUT_TORCH = """
 import sys
 from pathlib import Path
-import daemon.cli_line, daemon.station
+import daemon.cli, daemon.station
 from pipeline.bundle import read_bundle
-from pipeline.engines import make_engine, reduced_precisions
+from pipeline.engines import make_engine, reduced_precisions, resolve_device
 bundle = read_bundle(Path(sys.argv[1]))
 for precision in ("fp32", *reduced_precisions("cpu")):
     make_engine(bundle, "cpu", 1, precision).engine.warm_up()
+if "no NVIDIA driver" in resolve_device("auto")[1]:
+    make_engine(bundle, "auto", 1)
 print(sorted({"torch", "calibrate.train"} & sys.modules.keys()))
 """
 

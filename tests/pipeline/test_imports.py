@@ -16,10 +16,11 @@ HEAVY = (
     "sklearn",
     "cupy",
     "openvino",
+    "torch",
 )
 
 
-def test_pipeline_needs_nothing_but_numpy_opencv_torch_and_safetensors():
+def test_pipeline_needs_nothing_but_numpy_opencv_and_safetensors():
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({HEAVY!r}))  # None: importing it fails

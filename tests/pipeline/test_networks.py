@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.architecture import weight_shapes
 from pipeline.geometry import Geometry, GeometryError
-from pipeline.networks import EfficientAD, pdn
+from pipeline.networks import EfficientAD, pdn, weights_of
 from pipeline.scoring import Quantiles, Scorer, combine_maps
 from tests.pipeline import reference
 
@@ -75,6 +76,18 @@ def test_maps_and_score_against_the_papers_formulas(size, padded, rng):
 def test_state_dict_keys_are_the_public_references(size, shapes):
     weights = {k: tuple(v.shape) for k, v in pdn(size, 384, padded=False).state_dict().items() if "weight" in k}
     assert weights == {f"{index}.weight": shape for index, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("size", ["small", "medium"])
+def test_a_model_keeps_all_that_its_networks_know(size, padded):
+    networks = EfficientAD(size, Geometry(padded=padded))
+    state = {name: tuple(tensor.shape) for name, tensor in networks.state_dict().items()}
+    assert weight_shapes(size, networks.geometry) == state
+    networks = networks.to(memory_format=torch.channels_last)
+    for name, array in weights_of(networks).items():
+        assert array.flags.c_contiguous
+        np.testing.assert_array_equal(array, networks.state_dict()[name])
 
 
 @pytest.mark.parametrize("padded", [False, True])
