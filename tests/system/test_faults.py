@@ -461,7 +461,8 @@ def test_an_engine_that_hangs_on_every_frame_ends_the_process(tiny_bundle, tmp_p
         made.append(bundle)
         return EngineChoice(Stuck(bundle.model, 1), "test")
 
-    config = unheard("stuck", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.2))
+    # Long enough for the camera's own calls beside engines that are made: only the engine hangs.
+    config = unheard("stuck", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=1.0))
     station = Station(config, engine_for=engine, camera_for=lambda settings: Unending(settings.camera))
     with pytest.raises(StationFailed, match="5 times without work in between"):
         station.run()
