@@ -108,7 +108,9 @@ def _cpu() -> Any:
 
 def resolve_device(wanted: DeviceChoice) -> tuple[bool, str]:
     """Tell whether CUDA is to be used, and why. Raises EngineUnavailable."""
-    missing = None if wanted == "cpu" else _why_no_cuda()
+    # Without a driver that is known at once; PyTorch takes seconds to load, and is asked where CUDA is insisted on.
+    no_driver = _why_no_driver() if wanted == "auto" else None
+    missing = None if wanted == "cpu" else no_driver or _why_no_cuda()
     if missing is not None and wanted == "cuda":
         raise EngineUnavailable(f"device: cuda was asked for, but {missing}")
     if wanted != "auto":
@@ -131,12 +133,15 @@ def _precision(bundle: Bundle, wanted: PrecisionChoice, able: list[Precision]) -
     return wanted, "configured" if trusted else "configured, though the calibration does not trust it"
 
 
-def _why_no_cuda() -> str | None:
+def _why_no_driver() -> str | None:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        # Known without PyTorch, which takes seconds to load.
         return f"no NVIDIA driver was found ({error})"
+    return None
+
+
+def _why_no_cuda() -> str | None:
     import torch
 
     if not torch.cuda.is_available():
