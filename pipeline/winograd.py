@@ -7,6 +7,7 @@ Toom and Cook, exact in exact arithmetic; in float32 the results differ from a d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,14 +35,17 @@ _BLOCK = 64
 class Transforms:
     """What takes tiles to the points and back, for one size of kernel."""
 
-    points: int
-    """n², the points of a tile."""
     inputs: NDArray[np.float32]
     """(n², n²) from a tile's inputs, row by row."""
     outputs: NDArray[np.float32]
     """(16, n²) to a tile's outputs, row by row."""
     kernel: NDArray[np.float64]
     """(n², kernel²) from a kernel, row by row."""
+
+    @property
+    def points(self) -> int:
+        """n², the points of a tile."""
+        return len(self.inputs)
 
     def weights(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
         """Take kernels (outputs, channels, kernel, kernel) to the points: (n², channels, outputs)."""
@@ -130,20 +134,18 @@ def transforms(kernel_px: int) -> Transforms:
     """
     points = _POINTS[kernel_px]
     others = [[q for q in points if q != p] for p in points]
-    scale = [_product([p - q for q in rest]) for p, rest in zip(points, others, strict=True)]
+    scale = [math.prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
     kernel = [[p**power / s for power in range(kernel_px)] for p, s in zip(points, scale, strict=True)]
     kernel.append([Fraction(power == kernel_px - 1) for power in range(kernel_px)])
     outputs = [[*(p**power for p in points), Fraction(power == TILE_PX - 1)] for power in range(TILE_PX)]
     inputs = [[*_polynomial(rest), Fraction(0)] for rest in others] + [_polynomial(points)]
     to_points, back, taken = (_both_axes(matrix) for matrix in (inputs, outputs, kernel))
-    return Transforms(
-        points=len(to_points), inputs=to_points.astype(np.float32), outputs=back.astype(np.float32), kernel=taken
-    )
+    return Transforms(to_points.astype(np.float32), back.astype(np.float32), taken)
 
 
 def _both_axes(matrix: list[list[Fraction]]) -> NDArray[np.float64]:
     one = np.array(matrix, np.float64)
-    return np.kron(one, one).astype(np.float64)
+    return np.asarray(np.kron(one, one), np.float64)
 
 
 def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
@@ -151,11 +153,4 @@ def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
     found = [Fraction(1)]
     for root in roots:
         found = [a - root * b for a, b in zip([Fraction(0), *found], [*found, Fraction(0)], strict=True)]
-    return found
-
-
-def _product(factors: Sequence[Fraction]) -> Fraction:
-    found = Fraction(1)
-    for factor in factors:
-        found *= factor
     return found

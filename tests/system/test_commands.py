@@ -135,7 +135,7 @@ def test_cuda_without_cuda_is_exit_code_2(config):
         pytest.skip("this machine has CUDA")
     done = inspectord("run", "-c", config(device="cuda"))
     assert done.returncode == 2
-    assert "device: cuda was asked for, but" in done.stderr
+    assert "device: cuda was asked for, but PyTorch finds no CUDA device" in done.stderr
 
 
 def test_watch_prints_verdicts_as_they_come(config):
