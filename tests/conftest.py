@@ -23,6 +23,11 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 
+# Tests run beside one another: each process computes with its share of the processor, and waits without spinning.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

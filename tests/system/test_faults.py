@@ -34,6 +34,8 @@ from tests.daemon.test_journal import wait_for
 from tests.system.line import free_port
 from tests.system.test_run import SYNTHETIC
 
+pytestmark = pytest.mark.xdist_group("deadlines")  # one after the other: their daemons keep a camera's time
+
 
 @pytest.fixture
 def faulty(tiny_bundle, tmp_path):
