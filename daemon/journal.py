@@ -45,6 +45,12 @@ class JournalError(Exception):
     """The journal cannot be read; the message names the file and says why."""
 
 
+def _held_lock() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 @dataclass(eq=False, slots=True)
 class Record:
     """One verdict on its way into the journal."""
@@ -58,17 +64,24 @@ class Record:
     body: bytes
     """The verdict as published; replaced when it had to go out without waiting."""
     submitted_ns: int = field(default_factory=time.monotonic_ns)
-    _settled: threading.Event = field(default_factory=threading.Event)
+    _unsettled: threading.Lock = field(default_factory=_held_lock)
+    """Held until it is settled: who waits for a lock wakes sooner than who waits for an event."""
+    _settled: bool = False
     _written: bool = False
 
     def settle(self, written: bool) -> None:
-        """Say whether it is in the journal."""
+        """Say whether it is in the journal. Not for two threads at once."""
         self._written = written
-        self._settled.set()
+        if not self._settled:
+            self._settled = True
+            self._unsettled.release()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until it is known to be in the journal; False when it is not, or not yet."""
-        return self._settled.wait(max(0.0, timeout_s)) and self._written
+        """Wait until it is known to be in the journal; False when it is not, or not yet. For one thread."""
+        if not self._unsettled.acquire(timeout=max(0.0, timeout_s)):
+            return False
+        self._unsettled.release()
+        return self._written
 
 
 @dataclass(frozen=True, slots=True)

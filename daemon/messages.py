@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -173,8 +174,12 @@ def encode(message: msgspec.Struct) -> bytes:
 def rfc3339(wall_ns: int) -> str:
     """Write a wall-clock time as RFC 3339 in UTC with microseconds."""
     seconds, ns = divmod(wall_ns, 1_000_000_000)
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return f"{moment.isoformat()[:19]}.{ns // 1000:06d}Z"
+    return f"{_second(seconds)}.{ns // 1000:06d}Z"
+
+
+@lru_cache(2)
+def _second(seconds: int) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()[:19]
 
 
 def frame_message(frame: Frame) -> FrameMessage:

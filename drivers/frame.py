@@ -6,6 +6,7 @@ import string
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -34,27 +35,27 @@ class PixelFormat(StrEnum):
     RGB8 = "RGB8"
     BGR8 = "BGR8"
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Significant bits per channel; the full range is 0 … 2**bits − 1."""
         return int(self.value.lstrip(string.ascii_letters))
 
-    @property
+    @cached_property
     def max_value(self) -> int:
         """Largest value the format can hold, never guessed from an image."""
         return (1 << self.bits) - 1
 
-    @property
+    @cached_property
     def dtype(self) -> type[np.uint8] | type[np.uint16]:
         """Type of one stored sample."""
         return np.uint8 if self.bits == 8 else np.uint16
 
-    @property
+    @cached_property
     def channels(self) -> int:
         """Samples per pixel as stored: 1 for mono and Bayer, 3 for colour."""
         return 3 if self.colour_order else 1
 
-    @property
+    @cached_property
     def bayer(self) -> BayerPattern | None:
         """Colours of the top-left 2×2 pixels, row by row; None where there is no colour filter.
 
@@ -62,7 +63,7 @@ class PixelFormat(StrEnum):
         """
         return _BAYER.get(self.value[5:7]) if self.value.startswith("Bayer") else None
 
-    @property
+    @cached_property
     def colour_order(self) -> ColourOrder | None:
         """Order of the three channels, None for mono and Bayer."""
         order = self.value[:3]
@@ -126,4 +127,5 @@ class Frame:
     def forget_image(self) -> None:
         """Keep no more of the image than its shape and type: its memory is needed for others."""
         if self.image is not None:
-            self.image = np.broadcast_to(np.zeros((), self.image.dtype), self.image.shape)
+            shape, dtype = self.image.shape, self.image.dtype
+            self.image = np.ndarray(shape, dtype, bytes(dtype.itemsize), strides=(0,) * len(shape))

@@ -350,7 +350,7 @@ class PylonCamera:
         self._failed_in_a_row = 0
         shape = (result.Height, result.Width) + ((3,) if self._pixel_format.channels == 3 else ())
         samples = np.asarray(_Lent(result, self._pixel_format))
-        if samples.size != np.prod(shape):
+        if samples.size != math.prod(shape):
             problem = f"{samples.size} samples do not fill {shape} {self._pixel_format.value}"
             frames.append(self._report(FrameStatus.INCOMPLETE, problem, device_id))
             return frames
