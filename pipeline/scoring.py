@@ -160,8 +160,7 @@ class Scorer:
         scale_y = area.height / self.geometry.score_height
         order = np.argsort(-stats[1:count, cv2.CC_STAT_AREA], kind="stable")[:MAX_REGIONS] + 1
         regions = []
-        for label in order:
-            left, top, width, height, pixels = (int(v) for v in stats[label])
+        for label, (left, top, width, height, pixels) in zip(order.tolist(), stats[order].tolist(), strict=True):
             window = (slice(top, top + height), slice(left, left + width))
             peak = float(stretched[window][labels[window] == label].max())
             left, top = left + left_edge, top + top_edge
