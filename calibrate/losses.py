@@ -1,4 +1,4 @@
-"""The paper's losses (EfficientAD, sections 3.2 and 3.3, algorithm 1) with its ablations as options."""
+"""The paper's losses (EfficientAD, sections 3.2 and 3.3, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,10 @@ import torch
 from torch import Tensor
 
 from calibrate.convolution import convolve
+from calibrate.options import LossOptions
 from pipeline.architecture import TEACHER_CHANNELS
 from pipeline.geometry import Tile
 from pipeline.networks import EfficientAD
-
-
-@dataclass(frozen=True, slots=True)
-class LossOptions:
-    """What the paper fixes and its ablations vary."""
-
-    hard_quantile: float = 0.999
-    """p_hard: only differences at or above this quantile are learnt from; 0 learns from all of them."""
-    penalty: bool = True
-    """Pretraining penalty, where natural images are given."""
-    autoencoder: bool = True
-    """Autoencoder and student-autoencoder losses."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from calibrate.losses import LossOptions
 from calibrate.normalize import QUANTILE_A, QUANTILE_B
 from drivers.frame import PixelFormat
 from pipeline.architecture import PdnSize
@@ -31,6 +30,18 @@ PRESETS: dict[PresetName, Preset] = {
     "paper": Preset(70_000, 1e-4),
 }
 """`paper` is the published recipe; the shorter ones take larger steps to get as far as they can."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossOptions:
+    """What the paper fixes about the losses and its ablations vary."""
+
+    hard_quantile: float = 0.999
+    """p_hard: only differences at or above this quantile are learnt from; 0 learns from all of them."""
+    penalty: bool = True
+    """Pretraining penalty, where natural images are given."""
+    autoencoder: bool = True
+    """Autoencoder and student-autoencoder losses."""
 
 
 @dataclass(frozen=True, slots=True)

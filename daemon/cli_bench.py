@@ -53,24 +53,28 @@ def engine(
     With --frame ours do more than that: they begin with the camera's frame.
     """
     with clear_errors():
-        from daemon.bench_engine import FrameOf, Side, bench_engine
-        from daemon.progress import ConsoleListener
-        from pipeline.engine_cpu import cpu_precisions
         from pipeline.engines import resolve_device
         from pipeline.geometry import Geometry
 
         files = Files.checked(json_file, plot)
         sizes = [one_of(each, "--size", *_SIZES) for each in size or _SIZES]
-        on_cuda, _ = resolve_device(one_of(device, "--device", "cpu", "cuda"))  # type: ignore[arg-type]
+        one_of(device, "--device", "cpu", "cuda")
         width, height = pair(image_size, "--image-size", "512x512")
         rows, columns = pair(tiles, "--tiles", "2x2")
         geometry = Geometry(width, height, tile_rows=rows, tile_columns=columns)
         if pixel_format is not None and frame is None:
             raise typer.BadParameter("is that of a --frame", param_hint="--pixel-format")
         fmt = format_named(pixel_format or "BayerRG8")
-        taken = None if frame is None else FrameOf(*pair(frame, "--frame", "2448x2048"), fmt)
-        if taken is not None and min(taken.width, taken.height) < 3:
+        frame_px = None if frame is None else pair(frame, "--frame", "2448x2048")
+        if frame_px is not None and min(frame_px) < 3:
             raise typer.BadParameter("sides of at least 3 px", param_hint="--frame")
+        on_cuda, _ = resolve_device(device)  # type: ignore[arg-type]
+        # Only now: PyTorch takes seconds to load, and a wrong option should be said at once.
+        from daemon.bench_engine import FrameOf, Side, bench_engine
+        from daemon.progress import ConsoleListener
+        from pipeline.engine_cpu import cpu_precisions
+
+        taken = None if frame_px is None else FrameOf(*frame_px, fmt)
         sides = []
         for each in sizes:
             engines: list[tuple[str, str]] = [("reference", "fp32")]
@@ -118,7 +122,6 @@ def pipeline(
 ) -> None:
     """Run a whole station, saturated and at given loads, and time each stage from frame to verdict."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
-        from daemon.bench_line import bench_pipeline
         from pipeline.engines import reduced_precisions, resolve_device
 
         files = Files.checked(json_file, plot)
@@ -144,6 +147,8 @@ def pipeline(
             "precision": precision,
             **({} if threads is None else {"threads": threads}),
         }
+        from daemon.bench_line import bench_pipeline
+
         found = bench_pipeline(Path(folder), config, load_fps, frames)
         show(found, _LINE_COLUMNS, files, _stage_bars("From frame to verdict", found["results"]))
 
@@ -157,11 +162,11 @@ def ingest(
 ) -> None:
     """Run a station on pylon's emulated camera with an engine that costs nothing: what all the rest costs."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        files = Files.checked(json_file, plot)
+        width, height = pair(camera_size, "--camera-size", "1920x1200")
         from daemon.bench_line import bench_ingest, need_pylon
 
-        files = Files.checked(json_file, plot)
         need_pylon()
-        width, height = pair(camera_size, "--camera-size", "1920x1200")
         found = bench_ingest(Path(folder), width, height, frames, rounds)
         show(found, [("with", ""), *_LINE_COLUMNS], files, _stage_bars("Without an engine", found["results"]))
 
@@ -179,12 +184,12 @@ def scaling(
 ) -> None:
     """Time image sizes with and without tiles, and one to several stations on one machine."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
-        from daemon.bench_line import bench_scaling
-
         files = Files.checked(json_file, plot)
         pixels = [
             pair(each, "--image-size", "512x512") for each in image_size or ["256x256", "512x512", "1024x1024"]
         ]
+        from daemon.bench_line import bench_scaling
+
         judged_by = str(model or _quick_model(Path(folder), 256)) if stations else ""
         found = bench_scaling(Path(folder), judged_by, pixels, stations, seconds, frames)
         by_size = [r for r in found["results"] if r["kind"] == "image_size"]
@@ -227,7 +232,6 @@ def train(
 ) -> None:
     """Compare training steps per second with a straightforward implementation of the published recipe."""
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
-        from calibrate.bench_train import bench_train
         from calibrate.options import TrainOptions
         from daemon.progress import ConsoleListener
         from pipeline.geometry import Geometry
@@ -235,17 +239,20 @@ def train(
 
         files = Files.checked(json_file, plot)
         width, height = pair(image_size, "--image-size", "512x512")
-        if dataset is None:
-            dataset = _draw_parts(Path(folder))
+        one_of(size, "--size", *_SIZES)
+        one_of(precision, "--precision", "auto", "fp32", "bf16")
+        one_of(device, "--device", "auto", "cpu", "cuda")
         options = TrainOptions(
-            dataset=dataset,
+            dataset=dataset or _draw_parts(Path(folder)),
             out=Path(folder),
-            size=one_of(size, "--size", "small", "medium"),  # type: ignore[arg-type]
+            size=size,  # type: ignore[arg-type]
             geometry=Geometry(width, height),
             preprocess=PreprocessSpec(width, height),
-            precision=one_of(precision, "--precision", "auto", "fp32", "bf16"),  # type: ignore[arg-type]
-            device=one_of(device, "--device", "auto", "cpu", "cuda"),  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
         )
+        from calibrate.bench_train import bench_train
+
         with ConsoleListener("rounds") as listener:
             found = bench_train(options, steps, listener)
         columns = [

@@ -95,8 +95,7 @@ def train(
     """Train a bundle on good images; the same command goes on after Ctrl-C or a crash."""
     with clear_errors():
         from calibrate.dataset import load_correction, load_mask
-        from calibrate.losses import LossOptions
-        from calibrate.options import PRESETS, TrainOptions, Turns
+        from calibrate.options import PRESETS, LossOptions, TrainOptions, Turns
         from daemon.progress import ConsoleListener
         from pipeline.geometry import Geometry
         from pipeline.preprocess import PreprocessSpec
@@ -142,7 +141,7 @@ def train(
             restart=restart,
             overwrite=overwrite,
         )
-        # Only now: statistics and plots take a second to load, and a wrong option should be said at once.
+        # Only now: PyTorch, statistics and plots take seconds to load, and a wrong option should be said at once.
         from calibrate.train import train as train_bundle
 
         with ConsoleListener() as listener:
@@ -168,8 +167,6 @@ def evaluate(
 ) -> None:
     """Score a test set: image and pixel metrics, each kind of defect, rejects and escapes at the threshold."""
     with clear_errors():
-        from calibrate.evaluate import evaluate as evaluate_bundle
-        from calibrate.report import write_evaluation_report
         from daemon.progress import ConsoleListener
         from pipeline.bundle import read_bundle, write_atomically
 
@@ -178,6 +175,9 @@ def evaluate(
         check_file(json_file, "--json")
         if report is not None:
             report.mkdir(parents=True, exist_ok=True)  # said at once, not after the scoring
+        from calibrate.evaluate import evaluate as evaluate_bundle
+        from calibrate.report import write_evaluation_report
+
         with ConsoleListener("scoring") as listener:
 
             def on_image(done: int, total: int) -> None:

@@ -15,8 +15,7 @@ import typer
 import yaml
 import zmq
 
-from calibrate.losses import LossOptions
-from calibrate.options import TrainOptions
+from calibrate.options import LossOptions, TrainOptions
 from calibrate.train import train
 from daemon.messages import MapMessage, VerdictMessage
 from daemon.picture import PictureRow, save_picture

@@ -78,10 +78,7 @@ class Record:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until it is known to be in the journal; False when it is not, or not yet. For one thread."""
-        if not self._unsettled.acquire(timeout=max(0.0, timeout_s)):
-            return False
-        self._unsettled.release()
-        return self._written
+        return (self._settled or self._unsettled.acquire(timeout=max(0.0, timeout_s))) and self._written
 
 
 @dataclass(frozen=True, slots=True)

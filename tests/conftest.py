@@ -23,10 +23,11 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 
-# Tests run beside one another: each process computes with its share of the processor, and waits without spinning.
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Where tests run beside one another, PyTorch takes each process's share of the processor and does not spin.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _share = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from calibrate.losses import LossOptions, efficientad_losses, hard_feature_loss
+from calibrate.losses import efficientad_losses, hard_feature_loss
+from calibrate.options import LossOptions
 from pipeline.geometry import Geometry
 from pipeline.networks import EfficientAD
 

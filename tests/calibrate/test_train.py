@@ -18,8 +18,7 @@ from calibrate.device import resolve_precision
 from calibrate.evaluate import evaluate
 from calibrate.layouts import DatasetError, ImageFile, load_test_set
 from calibrate.listener import Listener, TrainingError, TrainingStopped
-from calibrate.losses import LossOptions
-from calibrate.options import TrainOptions, Turns
+from calibrate.options import LossOptions, TrainOptions, Turns
 from calibrate.teacher import find_teacher, layout_share
 from calibrate.train import train
 from calibrate.trainer import Trainer

@@ -6,12 +6,11 @@ from tests.system.line import Line
 
 
 @pytest.fixture
-def line(tmp_path, tiny_bundle):
+def line(tmp_path_factory, tiny_bundle):
     lines = []
 
     def make(camera, **config):
-        folder = tmp_path / f"line{len(lines)}"
-        folder.mkdir()
+        folder = tmp_path_factory.mktemp("line")  # short: a socket's path may have 107 characters
         lines.append(Line(folder, {"camera": camera, "model": str(tiny_bundle), **config}))
         return lines[-1]
 

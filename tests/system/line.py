@@ -21,14 +21,17 @@ PATIENCE_S = 120.0
 
 
 _given: set[int] = set()
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 
 def free_port():
-    """Find a free port that this test run has not given out before."""
+    """Find a free port that this test run, in whichever of its processes, has not given out before."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        if port not in _given:
+        # By pairs, since Linux mostly gives even ones.
+        if port not in _given and port // 2 % _WORKERS == _WORKER:
             _given.add(port)
             return port
 

@@ -20,8 +20,6 @@ from daemon.client import Control, RequestFailed, Subscription
 from tests.system.line import REPOSITORY, free_port
 from tests.system.test_run import SYNTHETIC, assert_well_formed
 
-pytestmark = pytest.mark.xdist_group("deadlines")  # one after the other: their daemons keep a camera's time
-
 SLOW = {**SYNTHETIC, "rate_fps": 20}
 COMMANDED = {**SYNTHETIC, "trigger": "command"}
 

@@ -34,15 +34,13 @@ from tests.daemon.test_journal import wait_for
 from tests.system.line import free_port
 from tests.system.test_run import SYNTHETIC
 
-pytestmark = pytest.mark.xdist_group("deadlines")  # one after the other: their daemons keep a camera's time
-
 
 @pytest.fixture
-def faulty(tiny_bundle, tmp_path):
+def faulty(tiny_bundle, tmp_path_factory):
     made = []
 
     def make(**config):
-        folder = tmp_path / f"soak{len(made)}"
+        folder = tmp_path_factory.mktemp("soak") / "line"
         made.append(SoakLine(folder, tiny_bundle, **config))
         return made[-1]
 

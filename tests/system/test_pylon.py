@@ -13,8 +13,6 @@ from pipeline.engine_cpu import cpu_precisions
 from tests.system.line import free_port
 from tests.system.test_commands import inspectord
 
-pytestmark = pytest.mark.xdist_group("deadlines")  # one after the other: their daemons keep a camera's time
-
 pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
 
 EMULATED = {

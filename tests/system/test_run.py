@@ -27,8 +27,6 @@ from pipeline.plausible import PlausibleLimits
 from tests.conftest import SHARED_DATA
 from tests.system.line import REPOSITORY, free_port
 
-pytestmark = pytest.mark.xdist_group("deadlines")  # one after the other: their daemons keep a camera's time
-
 SYNTHETIC = {"driver": "synthetic", "seed": 3, "width": 96, "height": 96, "defect_rate": 0.3}
 REASONS = {
     "incomplete",

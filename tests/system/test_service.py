@@ -12,8 +12,6 @@ import pytest
 from tests.system.line import REPOSITORY, Line
 from tests.system.test_run import SYNTHETIC
 
-pytestmark = pytest.mark.xdist_group("deadlines")  # one after the other: their daemons keep a camera's time
-
 
 @pytest.fixture
 def notify_socket(tmp_path):
