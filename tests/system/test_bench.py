@@ -100,10 +100,7 @@ def test_everything_but_the_engine(tmp_path):
         assert judged == {"NG" if name == "journal, regions" else "OK"}
         assert result["verdicts"] == 200
         assert sum(result["outcomes"].values()) == result["verdicts"]
-        if name == "nothing":
-            assert result["unjournaled"] == 200
-        else:  # beside other tests a disk may stall for longer than a verdict waits
-            assert result["unjournaled"] <= 20
+        assert result["unjournaled"] == (200 if name == "nothing" else 0)
         assert len(result["rounds_p50_ms"]) == (1 if name == "journal, saturated" else 2)
         assert result["total"]["p50_ms"] == pytest.approx(np.median(result["rounds_p50_ms"]))
         assert (result["maps"] > 0) == (name == "journal, maps")
