@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from calibrate.layouts import DatasetError
 from pipeline.engine import RawMaps
-from pipeline.scoring import Quantiles, Scorer, combine_maps
+from pipeline.scoring import FloatMap, LevelRange, Quantiles, Scorer
 
 QUANTILE_A, QUANTILE_B = 0.9, 0.995
 """The levels whose quantiles become 0 and 0.1 (paper, section 3.4)."""
+
+LevelRanges = tuple[LevelRange | None, LevelRange | None]
+"""Of the student-teacher and the autoencoder's map; None: it is not divided by its level."""
+NOT_RELATIVE: LevelRanges = (None, None)
 
 
 def map_quantiles(
@@ -23,6 +27,7 @@ def map_quantiles(
     levels: tuple[float, float] = (QUANTILE_A, QUANTILE_B),
     *,
     autoencoder: bool = True,
+    ranges: LevelRanges = NOT_RELATIVE,
 ) -> Quantiles:
     """Take the exact quantiles of each raw map over all held-out images, ignored areas left out.
 
@@ -31,25 +36,46 @@ def map_quantiles(
         scorer: knows the ignored areas.
         levels: the lower and the upper level, from 0 to 1.
         autoencoder: False where that branch was not trained and must not be part of the map.
+        ranges: of the levels that maps are divided by, student-teacher and autoencoder.
 
     Raises DatasetError when there are no maps or they are flat.
     """
     if not maps:
         raise DatasetError("no held-out good image is left to take quantiles from")
-    st = np.quantile(np.concatenate([scorer.counted_values(m.student_teacher) for m in maps]), levels)
+    st_range, ae_range = ranges
+
+    def of(raw: Iterable[FloatMap], levels_of: LevelRange | None) -> tuple[float, float]:
+        values = np.concatenate([scorer.counted_values(scorer.relative(found, levels_of)) for found in raw])
+        a, b = np.quantile(values, levels)
+        return float(a), float(b)
+
+    st = of((m.student_teacher for m in maps), st_range)
     try:
         if not autoencoder:
-            return Quantiles(float(st[0]), float(st[1]), None, None)
-        ae = np.quantile(np.concatenate([scorer.counted_values(m.autoencoder) for m in maps]), levels)
-        return Quantiles(float(st[0]), float(st[1]), float(ae[0]), float(ae[1]))
+            return Quantiles(*st, None, None, st_range)
+        return Quantiles(*st, *of((m.autoencoder for m in maps), ae_range), st_range, ae_range)
     except ValueError as error:
         raise DatasetError(f"the maps of the held-out images cannot be normalised: {error}") from error
+
+
+def level_ranges(maps: Sequence[RawMaps], scorer: Scorer) -> LevelRanges:
+    """Return between which levels the raw maps of good images lie, student-teacher and autoencoder.
+
+    Where they are not the held-out ones, a new good image and the held-out ones are treated alike, so that what
+    `choose_threshold` promises stays exact. Raises DatasetError when a map is zero.
+    """
+    found = np.array([[scorer.level(m.student_teacher), scorer.level(m.autoencoder)] for m in maps])
+    (st_low, ae_low), (st_high, ae_high) = found.min(axis=0).tolist(), found.max(axis=0).tolist()
+    try:
+        return LevelRange(st_low, st_high), LevelRange(ae_low, ae_high)
+    except ValueError as error:
+        raise DatasetError(f"the maps of the good images cannot be divided by their levels: {error}") from error
 
 
 def score_maps(maps: Sequence[RawMaps], scorer: Scorer, quantiles: Quantiles) -> NDArray[np.float64]:
     """Score each image: the maximum of its normalised, stretched map."""
     return np.array(
-        [float(scorer.stretch(combine_maps(m.student_teacher, m.autoencoder, quantiles)).max()) for m in maps]
+        [float(scorer.stretch(scorer.combine(m.student_teacher, m.autoencoder, quantiles)).max()) for m in maps]
     )
 
 

@@ -77,6 +77,9 @@ class TrainOptions:
     whiten: bool | None = None
     """Whiten the teacher's features over the training images instead of normalising each channel alone; None: where
     the images have no common layout (see MIN_LAYOUT_SHARE)."""
+    relative_map: bool | None = None
+    """Divide each raw map by its level, so that it shows what stands out of its own image; None: where features are
+    whitened."""
     seed: int = 0
     turns: Turns = field(default_factory=Turns)
     held_out_share: float = 0.1

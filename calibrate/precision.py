@@ -87,7 +87,11 @@ def calibrate_precisions(
             ours, infer_ms = _timed_maps(engine_of(model, precision), everything)
             on_good = ours[: len(held_out)]
             quantiles = map_quantiles(
-                on_good, scorer, options.quantile_levels, autoencoder=bundle.quantiles.ae_a is not None
+                on_good,
+                scorer,
+                options.quantile_levels,
+                autoencoder=bundle.quantiles.ae_a is not None,
+                ranges=(bundle.quantiles.st_levels, bundle.quantiles.ae_levels),
             )
         except Exception as error:  # noqa: BLE001 - whatever a device throws, float32 is there
             say(f"{precision} is left out: {type(error).__name__}: {error}")

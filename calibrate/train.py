@@ -25,7 +25,7 @@ from calibrate.dataset import GoodImages, ImageCache, PreparedImages, load_good_
 from calibrate.device import device_of, resolve_precision
 from calibrate.layouts import ImageFile
 from calibrate.listener import Listener, TrainingError, TrainingStopped
-from calibrate.normalize import choose_threshold, map_quantiles, score_maps
+from calibrate.normalize import NOT_RELATIVE, LevelRanges, choose_threshold, level_ranges, map_quantiles, score_maps
 from calibrate.options import TrainOptions
 from calibrate.report import TrainingRecord, write_training_report
 from calibrate.teacher import Teacher, find_teacher
@@ -37,7 +37,7 @@ from pipeline.engines import make_float_engine
 from pipeline.machine import available_memory_mib
 from pipeline.networks import weights_of
 from pipeline.preprocess import Preprocessor
-from pipeline.scoring import Scorer, combine_maps
+from pipeline.scoring import Scorer
 
 RECIPE = 2
 """Raised when losses, augmentation or procedural images change, so that no checkpoint mixes two recipes."""
@@ -57,6 +57,8 @@ that finds finer differences, and fewer coarse ones such as a hole that is missi
 photographs -0.05, the simulated line 0.70 to 0.88."""
 _SHOW_A_LAYOUT = 4
 """Fewer images show no layout; channels are normalised then."""
+_LEVELS_OF = 64
+"""Training images whose maps' levels are looked at."""
 _BEFORE_STEPS = "before the first step"
 _LOSS_POINTS = 400
 """Points of the report's loss curves."""
@@ -108,7 +110,8 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         delete_checkpoint(options.out)
     progress = read_progress(options.out)
     whiten = _resolve_whitening(trainer, teacher, progress, listener)
-    settings = _settings(trainer, good, teacher.facts, whiten)
+    relative_map = whiten if options.relative_map is None else options.relative_map
+    settings = _settings(trainer, good, teacher.facts, whiten=whiten, relative_map=relative_map)
     if progress is not None:
         _check_same_run(options, progress, settings)
         load_checkpoint(options.out, trainer.model, trainer.optimizer)
@@ -132,8 +135,13 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
             f"the autoencoder explains {explained:.1%} of the held-out features' variance"
             + ("" if use_autoencoder else ": its map would be noise and is left out (--autoencoder keeps it)")
         )
-    listener.say(f"calibrating on {len(good.held_out)} held-out images")
     model = Model(options.size, options.geometry, options.preprocess, weights_of(trainer.model))
+    ranges = NOT_RELATIVE
+    if relative_map:
+        some = PreparedImages([trainer.images.files[index] for index in trainer.some(_LEVELS_OF)], cache)
+        listener.say(f"looking at the levels of {len(some)} images' maps")
+        ranges = level_ranges(raw_maps(model, some, options, listener), scorer)
+    listener.say(f"calibrating on {len(good.held_out)} held-out images")
     maps = raw_maps(model, held_out, options, listener)
     bundle, scores = calibrated(
         model,
@@ -141,6 +149,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         scorer,
         options,
         autoencoder=use_autoencoder,
+        ranges=ranges,
         teacher=teacher.facts,
         training=_training_facts(settings, good, options),
     )
@@ -152,7 +161,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         held_out_names=[file.name for file in good.held_out],
         held_out_paths=[file.path for file in good.held_out],
         held_out_scores=scores,
-        held_out_maps=[combine_maps(m.student_teacher, m.autoencoder, bundle.quantiles) for m in maps],
+        held_out_maps=[scorer.combine(m.student_teacher, m.autoencoder, bundle.quantiles) for m in maps],
     )
     try:
         listener.say(f"report: {write_training_report(record, bundle, options.out / REPORT).absolute()}")
@@ -170,12 +179,13 @@ def calibrated(
     options: TrainOptions,
     *,
     autoencoder: bool,
+    ranges: LevelRanges = NOT_RELATIVE,
     teacher: dict[str, Any],
     training: dict[str, Any],
 ) -> tuple[Bundle, np.ndarray[Any, np.dtype[np.float64]]]:
     """Take quantiles and threshold from the raw maps of held-out images; the bundle and their scores."""
     levels = options.quantile_levels
-    quantiles = map_quantiles(maps, scorer, levels, autoencoder=autoencoder)
+    quantiles = map_quantiles(maps, scorer, levels, autoencoder=autoencoder, ranges=ranges)
     scores = score_maps(maps, scorer, quantiles)
     threshold = choose_threshold(scores, options.false_reject_rate)
     bundle = Bundle(
@@ -241,7 +251,9 @@ def _resolve_whitening(trainer: Trainer, teacher: Teacher, progress: Progress | 
     return whiten
 
 
-def _settings(trainer: Trainer, good: GoodImages, teacher: dict[str, Any], whiten: bool) -> dict[str, Any]:
+def _settings(
+    trainer: Trainer, good: GoodImages, teacher: dict[str, Any], *, whiten: bool, relative_map: bool
+) -> dict[str, Any]:
     """Everything that determines the outcome, to tell whether a checkpoint belongs to this run."""
     o, spec = trainer.options, trainer.options.preprocess
     arrays = {name: getattr(spec, name) for name in _ARRAY_FIELDS}
@@ -252,6 +264,7 @@ def _settings(trainer: Trainer, good: GoodImages, teacher: dict[str, Any], white
         "seed": o.seed,
         "learning_rate": o.learning_rate,
         "whiten": whiten,
+        "relative_map": relative_map,
         "size": o.size,
         "teacher": teacher,
         "geometry": o.geometry.to_json(),
@@ -316,6 +329,7 @@ def _train_steps(
     saved_s, done = time.monotonic(), start.step
     curve, recent = list(start.losses), []
     every = max(1, options.steps // _LOSS_POINTS)
+    relative = bool(start.settings["relative_map"])
     looks = {round(options.steps * share / _LOOKS) for share in range(1, _LOOKS)}
 
     def save() -> None:
@@ -347,7 +361,7 @@ def _train_steps(
             save()
             raise TrainingStopped(f"stopped at step {done} of {options.steps}; the same command goes on")
         if done in looks:
-            listener.say(f"step {done}: {_look(trainer, held_out, scorer)}")
+            listener.say(f"step {done}: {_look(trainer, held_out, scorer, relative_map=relative)}")
     return np.array(curve).reshape(-1, 1 + len(_LOSS_NAMES))
 
 
@@ -355,7 +369,7 @@ _LOSS_NAMES = ("hard", "penalty", "autoencoder", "student_autoencoder")
 
 
 @torch.inference_mode()
-def _look(trainer: Trainer, held_out: PreparedImages, scorer: Scorer) -> str:
+def _look(trainer: Trainer, held_out: PreparedImages, scorer: Scorer, *, relative_map: bool) -> str:
     """Say how the scores of a few held-out images are spread, by quantiles of their own maps."""
     trainer.model.eval()
     maps = []
@@ -364,7 +378,10 @@ def _look(trainer: Trainer, held_out: PreparedImages, scorer: Scorer) -> str:
         maps.append(RawMaps(st, ae, 0, 0))
     trainer.model.train()
     options = trainer.options
-    quantiles = map_quantiles(maps, scorer, options.quantile_levels, autoencoder=options.losses.autoencoder)
+    ranges = level_ranges(maps, scorer) if relative_map else NOT_RELATIVE
+    quantiles = map_quantiles(
+        maps, scorer, options.quantile_levels, autoencoder=options.losses.autoencoder, ranges=ranges
+    )
     scores = np.sort(score_maps(maps, scorer, quantiles))
     counts, _ = np.histogram(scores, bins=16)
     bars = "".join(_BARS[min(len(_BARS) - 1, int(np.ceil(c * (len(_BARS) - 1) / counts.max())))] for c in counts)

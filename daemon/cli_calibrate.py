@@ -73,6 +73,13 @@ def train(
             "are a surface without a common layout"
         ),
     ] = None,
+    relative_map: Annotated[
+        bool | None,
+        typer.Option(
+            help="divide each map by its own level, within what good images show, so that what stands out of its "
+            "own image counts; unsaid: where features are whitened"
+        ),
+    ] = None,
     quantile_a: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0 in the map")] = 0.9,
     quantile_b: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0.1")] = 0.995,
     penalty: Annotated[bool, typer.Option(help="pretraining penalty")] = True,
@@ -126,6 +133,7 @@ def train(
             pixel_format=None if pixel_format is None else format_named(pixel_format),
             steps=steps or chosen.steps,
             whiten=whiten,
+            relative_map=relative_map,
             seed=seed,
             learning_rate=learning_rate or chosen.learning_rate,
             held_out_share=held_out,

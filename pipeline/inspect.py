@@ -12,7 +12,7 @@ from pipeline.engine import Engine
 from pipeline.inspection import Inspection, Outcome, Reason
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
 from pipeline.preprocess import FormatMismatch
-from pipeline.scoring import Scorer, combine_maps
+from pipeline.scoring import Scorer
 
 
 class Inspector:
@@ -87,7 +87,7 @@ class Inspector:
         if not (np.isfinite(raw.student_teacher).all() and np.isfinite(raw.autoencoder).all()):
             return Inspection(Outcome.INVALID, Reason.ENGINE, "the anomaly map holds values that are not finite")
         with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the score, below
-            combined = combine_maps(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
+            combined = self._scorer.combine(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
         anomaly_map = self._scorer.blank(combined)
         stretched = self._scorer.stretch(anomaly_map)
         score = float(stretched.max())

@@ -21,6 +21,27 @@ MAX_REGIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class LevelRange:
+    """Between which levels the raw maps of good images lie; a level is a map's lower quartile.
+
+    Surfaces differ in grain and contrast from image to image, and the whole raw map with them. Divided by its level
+    it shows what stands out of its own image. A level beyond what good images show excuses nothing more.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high < np.inf:
+            raise ValueError(f"levels from {self.low} to {self.high} are no range of positive numbers")
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any] | None) -> Self | None:
+        """Read what `asdict` gave, or nothing. Raises KeyError, TypeError or ValueError when it is not that."""
+        return None if data is None else cls(float(data["low"]), float(data["high"]))
+
+
+@dataclass(frozen=True, slots=True)
 class Quantiles:
     """Two quantiles of each raw map over held-out good images: what becomes 0 and 0.1."""
 
@@ -29,17 +50,22 @@ class Quantiles:
     ae_a: float | None
     """None where the autoencoder branch was not trained: the map is then the student-teacher map alone."""
     ae_b: float | None
+    st_levels: LevelRange | None = None
+    """Where given, quantiles and map are of raw maps divided by their own levels."""
+    ae_levels: LevelRange | None = None
 
     def __post_init__(self) -> None:
         if (self.ae_a is None) != (self.ae_b is None):
             raise ValueError("the autoencoder's quantiles come both or not at all")
-        if not all(np.isfinite(value) for value in asdict(self).values() if value is not None):
+        if not all(
+            np.isfinite(value) for value in (self.st_a, self.st_b, self.ae_a, self.ae_b) if value is not None
+        ):
             raise ValueError("a quantile is not finite")
         for a, b in ((self.st_a, self.st_b), (self.ae_a, self.ae_b)):
             if a is not None and b is not None and b <= a:
                 raise ValueError("the upper quantile must lie above the lower quantile")
 
-    def to_json(self) -> dict[str, float | None]:
+    def to_json(self) -> dict[str, Any]:
         """Describe the quantiles for a bundle."""
         return asdict(self)
 
@@ -47,7 +73,8 @@ class Quantiles:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError when it is not that."""
         ae_a, ae_b = (None if data[name] is None else float(data[name]) for name in ("ae_a", "ae_b"))
-        return cls(float(data["st_a"]), float(data["st_b"]), ae_a, ae_b)
+        levels = (LevelRange.from_json(data.get(name)) for name in ("st_levels", "ae_levels"))
+        return cls(float(data["st_a"]), float(data["st_b"]), ae_a, ae_b, *levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +100,8 @@ class FrameArea:
     height: int
 
 
-def combine_maps(raw_st: FloatMap, raw_ae: FloatMap, quantiles: Quantiles) -> FloatMap:
-    """Normalise both raw maps and average them (paper, algorithm 3); without autoencoder, the first alone.
-
-    Args:
-        raw_st: (map_height, map_width), student-teacher.
-        raw_ae: the same for autoencoder and student.
-        quantiles: the values that become 0 and 0.1.
-    """
-    q = quantiles
-    st = (raw_st - np.float32(q.st_a)) * np.float32(0.1 / (q.st_b - q.st_a))
-    if q.ae_a is None or q.ae_b is None:
-        return np.asarray(st, np.float32)
-    ae = (raw_ae - np.float32(q.ae_a)) * np.float32(0.1 / (q.ae_b - q.ae_a))
-    return np.asarray(0.5 * st + 0.5 * ae, np.float32)
-
-
 class Scorer:
-    """Stretch a map over the score grid, leave ignored areas out, find the maximum and the regions."""
+    """Combine the raw maps, stretch over the score grid, leave ignored areas out, find maximum and regions."""
 
     def __init__(self, geometry: Geometry, ignore: BoolMap | None = None) -> None:
         """Prepare the masks.
@@ -117,6 +128,33 @@ class Scorer:
         self.ignored_cells = cell_share[pad : pad + g.map_height, pad : pad + g.map_width] > _TOUCHED
         if self.ignored_score.all() or self.ignored_cells.all():
             raise ValueError("the ignore mask leaves nothing to inspect")
+
+    def combine(self, raw_st: FloatMap, raw_ae: FloatMap, quantiles: Quantiles) -> FloatMap:
+        """Normalise both raw maps and average them (paper, algorithm 3); without autoencoder, the first alone.
+
+        Args:
+            raw_st: (map_height, map_width), student-teacher.
+            raw_ae: the same for autoencoder and student.
+            quantiles: the values that become 0 and 0.1, and what levels are divided by, if any.
+        """
+        q = quantiles
+        st = (self.relative(raw_st, q.st_levels) - np.float32(q.st_a)) * np.float32(0.1 / (q.st_b - q.st_a))
+        if q.ae_a is None or q.ae_b is None:
+            return np.asarray(st, np.float32)
+        ae = (self.relative(raw_ae, q.ae_levels) - np.float32(q.ae_a)) * np.float32(0.1 / (q.ae_b - q.ae_a))
+        return np.asarray(0.5 * st + 0.5 * ae, np.float32)
+
+    def relative(self, raw_map: FloatMap, levels: LevelRange | None) -> FloatMap:
+        """Divide a raw map by its level, or by the nearest that good images show; as it is without `levels`."""
+        if levels is None:
+            return raw_map
+        return raw_map / np.float32(min(max(self.level(raw_map), levels.low), levels.high))
+
+    def level(self, raw_map: FloatMap) -> float:
+        """Return a raw map's lower quartile (the ⌈n/4⌉-th smallest of n values), ignored areas left out."""
+        values = self.counted_values(raw_map)
+        place = (values.size + 3) // 4 - 1
+        return float(np.partition(values, place)[place])
 
     def blank(self, anomaly_map: FloatMap) -> FloatMap:
         """Return the map with 0 in its ignored cells."""

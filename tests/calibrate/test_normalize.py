@@ -7,7 +7,7 @@ import torch
 from calibrate.augment import augment, natural_image
 from calibrate.dataset import ImageCache, PreparedImages
 from calibrate.layouts import DatasetError, ImageFile
-from calibrate.normalize import choose_threshold, map_quantiles, score_maps
+from calibrate.normalize import choose_threshold, level_ranges, map_quantiles, score_maps
 from calibrate.teacher import channel_statistics, random_teacher, teacher_features
 from drivers.replay import list_images
 from pipeline.engine import RawMaps
@@ -49,6 +49,29 @@ def test_scores_against_the_papers_formula(rng):
         reference.score(m.student_teacher, m.autoencoder, (q.st_a, q.st_b, q.ae_a, q.ae_b), 4, 256) for m in maps
     ]
     np.testing.assert_allclose(score_maps(maps, scorer, q), wanted, rtol=1e-5)
+
+
+def test_levels_are_of_all_maps_and_quantiles_of_the_divided_ones(rng):
+    scorer = Scorer(Geometry())
+    contrasts = rng.uniform(0.5, 4, 6)
+    maps = [RawMaps(*(c * rng.uniform(1, 2, (2, 56, 56))).astype(np.float32), 0, 0) for c in contrasts]
+    levels = np.array([[np.sort(m.student_teacher, None)[783], np.sort(m.autoencoder, None)[783]] for m in maps])
+    st_range, ae_range = level_ranges(maps, scorer)
+    assert (st_range.low, st_range.high, ae_range.low, ae_range.high) == (
+        *(levels[:, 0].min(), levels[:, 0].max()),
+        *(levels[:, 1].min(), levels[:, 1].max()),
+    )
+    got = map_quantiles(maps, scorer, ranges=(st_range, ae_range))
+    divided = [m.student_teacher / level for m, level in zip(maps, levels[:, 0], strict=True)]
+    assert (got.st_a, got.st_b) == pytest.approx(tuple(np.quantile(divided, [0.9, 0.995])), rel=1e-5)
+    alone = map_quantiles(maps, scorer, autoencoder=False, ranges=(st_range, ae_range))
+    assert (alone.st_levels, alone.ae_levels, alone.st_a) == (st_range, None, got.st_a)
+
+
+def test_a_map_of_zeros_has_no_level():
+    blank = RawMaps(*np.zeros((2, 56, 56), np.float32), 0, 0)
+    with pytest.raises(DatasetError, match="cannot be divided by their levels"):
+        level_ranges([blank], Scorer(Geometry()))
 
 
 def test_threshold_keeps_the_false_reject_rate_over_many_draws(rng):

@@ -303,14 +303,14 @@ def test_evaluate_prints_what_a_ranking_by_hand_gives(test_tree, tiny_bundle):
     result = evaluate(bundle, test_tree, "cpu")
     from calibrate.dataset import read_frame
     from pipeline.engine_cpu import CpuEngine
-    from pipeline.scoring import Scorer, combine_maps
+    from pipeline.scoring import Scorer
 
     engine, scorer = CpuEngine(bundle.model), Scorer(bundle.model.geometry)
     scores = {}
     for file, kind, _masks in load_test_set(test_tree).images:
         frame = read_frame(file)
         raw = engine.raw_maps(frame.image, frame.pixel_format)
-        combined = combine_maps(raw.student_teacher, raw.autoencoder, bundle.quantiles)
+        combined = scorer.combine(raw.student_teacher, raw.autoencoder, bundle.quantiles)
         scores.setdefault(kind, []).append(scorer.stretch(combined).max())
     pairs = [(g < d) + 0.5 * (g == d) for g in scores["good"] for k in ("stain", "scratch") for d in scores[k]]
     assert result.image.auroc == pytest.approx(np.mean(pairs))
@@ -525,16 +525,26 @@ def test_a_common_layout_is_what_place_explains(rng):
     )
 
 
-@pytest.mark.parametrize(("wanted", "whitened"), [(None, True), (False, False)])
-def test_surfaces_are_whitened_unless_told_otherwise(options, rng, wanted, whitened):
+@pytest.mark.parametrize(
+    ("wanted", "whitened", "wanted_relative", "relative"),
+    [(None, True, None, True), (False, False, None, False), (None, True, False, False), (False, False, True, True)],
+)
+def test_surfaces_are_whitened_and_maps_relative_unless_told_otherwise(
+    options, rng, wanted, whitened, wanted_relative, relative
+):
     surface = cv2.GaussianBlur(rng.integers(0, 256, (400, 400)).astype(np.uint8), (0, 0), 2)
     photos = options.out.parent / "surface"
     photos.mkdir()
     for index, (y, x) in enumerate(rng.integers(0, 300, (12, 2))):
         cv2.imwrite(str(photos / f"{index}.png"), surface[y : y + 96, x : x + 96])
     notes = Notes()
-    bundle = train(replace(options, dataset=photos, whiten=wanted, steps=1), notes)
+    told = replace(options, dataset=photos, whiten=wanted, relative_map=wanted_relative, steps=1)
+    bundle = train(told, notes)
     assert bundle.training["whiten"] is whitened
+    assert bundle.training["relative_map"] is relative
+    assert (bundle.quantiles.st_levels is not None) is relative
+    assert read_bundle(options.out).quantiles == bundle.quantiles
+    assert all((p.quantiles.st_levels == bundle.quantiles.st_levels) for p in bundle.precisions.values())
     assert any("a surface; features are whitened" in said for said in notes.said) == (wanted is None)
 
 

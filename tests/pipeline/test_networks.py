@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.architecture import weight_shapes
 from pipeline.geometry import Geometry, GeometryError
 from pipeline.networks import EfficientAD, pdn, weights_of
-from pipeline.scoring import Quantiles, Scorer, combine_maps
+from pipeline.scoring import Quantiles, Scorer
 from tests.pipeline import reference
 
 
@@ -48,7 +48,7 @@ def test_maps_and_score_against_the_papers_formulas(size, padded, rng):
 
     levels = [*np.quantile(wanted_st, (0.9, 0.995)), *np.quantile(wanted_ae, (0.9, 0.995))]
     scorer = Scorer(model.geometry)
-    got = scorer.stretch(combine_maps(st, ae, Quantiles(*levels))).max()
+    got = scorer.stretch(scorer.combine(st, ae, Quantiles(*levels))).max()
     wanted = reference.score(wanted_st, wanted_ae, levels, 0 if padded else 4, 256)
     assert got == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
