@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from calibrate.layouts import DatasetError
 from pipeline.engine import RawMaps
-from pipeline.scoring import FloatMap, LevelRange, Quantiles, Scorer
+from pipeline.relative import LevelRange
+from pipeline.scoring import FloatMap, Quantiles, Scorer
 
 QUANTILE_A, QUANTILE_B = 0.9, 0.995
 """The levels whose quantiles become 0 and 0.1 (paper, section 3.4)."""
@@ -64,10 +65,9 @@ def level_ranges(maps: Sequence[RawMaps], scorer: Scorer) -> LevelRanges:
     Where they are not the held-out ones, a new good image and the held-out ones are treated alike, so that what
     `choose_threshold` promises stays exact. Raises DatasetError when a map is zero.
     """
-    found = np.array([[scorer.level(m.student_teacher), scorer.level(m.autoencoder)] for m in maps])
-    (st_low, ae_low), (st_high, ae_high) = found.min(axis=0).tolist(), found.max(axis=0).tolist()
+    relative = scorer.relative_maps
     try:
-        return LevelRange(st_low, st_high), LevelRange(ae_low, ae_high)
+        return relative.range_of(m.student_teacher for m in maps), relative.range_of(m.autoencoder for m in maps)
     except ValueError as error:
         raise DatasetError(f"the maps of the good images cannot be divided by their levels: {error}") from error
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.geometry import Geometry
+from pipeline.relative import LevelRange, RelativeMaps
 from pipeline.resample import resize
 
 FloatMap = NDArray[np.float32]
@@ -18,27 +19,6 @@ BoolMap = NDArray[np.bool_]
 _TOUCHED = 1e-4
 MAX_REGIONS = 64
 """Regions listed per part, largest first, so that a message stays small whatever the picture."""
-
-
-@dataclass(frozen=True, slots=True)
-class LevelRange:
-    """Between which levels the raw maps of good images lie; a level is a map's lower quartile.
-
-    Surfaces differ in grain and contrast from image to image, and the whole raw map with them. Divided by its level
-    it shows what stands out of its own image. A level beyond what good images show excuses nothing more.
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low <= self.high < np.inf:
-            raise ValueError(f"levels from {self.low} to {self.high} are no range of positive numbers")
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any] | None) -> Self | None:
-        """Read what `asdict` gave, or nothing. Raises KeyError, TypeError or ValueError when it is not that."""
-        return None if data is None else cls(float(data["low"]), float(data["high"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +31,7 @@ class Quantiles:
     """None where the autoencoder branch was not trained: the map is then the student-teacher map alone."""
     ae_b: float | None
     st_levels: LevelRange | None = None
-    """Where given, quantiles and map are of raw maps divided by their own levels."""
+    """Where given, quantiles and map are of raw maps relative to their own levels (`pipeline.relative`)."""
     ae_levels: LevelRange | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +53,8 @@ class Quantiles:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError when it is not that."""
         ae_a, ae_b = (None if data[name] is None else float(data[name]) for name in ("ae_a", "ae_b"))
-        levels = (LevelRange.from_json(data.get(name)) for name in ("st_levels", "ae_levels"))
+        found = (data.get(name) for name in ("st_levels", "ae_levels"))
+        levels = (None if levels is None else LevelRange.from_json(levels) for levels in found)
         return cls(float(data["st_a"]), float(data["st_b"]), ae_a, ae_b, *levels)
 
 
@@ -117,9 +98,15 @@ class Scorer:
         """(score_height, score_width), True where ignored."""
         self.ignored_cells: BoolMap | None = None
         """(map_height, map_width), True where ignored."""
-        if ignore is None:
-            return
-        g, pad = geometry, geometry.padding_cells
+        if ignore is not None:
+            self._ignore(ignore)
+        cells = (geometry.map_height, geometry.map_width)
+        self.relative_maps = RelativeMaps(
+            np.ones(cells, bool) if self.ignored_cells is None else ~self.ignored_cells
+        )
+
+    def _ignore(self, ignore: BoolMap) -> None:
+        g, pad = self.geometry, self.geometry.padding_cells
         share = ignore.astype(np.float32)
         score_share = resize(share, g.score_width, g.score_height)
         cell_share = resize(share, g.map_width + 2 * pad, g.map_height + 2 * pad)
@@ -135,7 +122,7 @@ class Scorer:
         Args:
             raw_st: (map_height, map_width), student-teacher.
             raw_ae: the same for autoencoder and student.
-            quantiles: the values that become 0 and 0.1, and what levels are divided by, if any.
+            quantiles: the values that become 0 and 0.1, and the range of levels, if maps are divided by them.
         """
         q = quantiles
         st = (self.relative(raw_st, q.st_levels) - np.float32(q.st_a)) * np.float32(0.1 / (q.st_b - q.st_a))
@@ -145,16 +132,8 @@ class Scorer:
         return np.asarray(0.5 * st + 0.5 * ae, np.float32)
 
     def relative(self, raw_map: FloatMap, levels: LevelRange | None) -> FloatMap:
-        """Divide a raw map by its level, or by the nearest that good images show; as it is without `levels`."""
-        if levels is None:
-            return raw_map
-        return raw_map / np.float32(min(max(self.level(raw_map), levels.low), levels.high))
-
-    def level(self, raw_map: FloatMap) -> float:
-        """Return a raw map's lower quartile (the ⌈n/4⌉-th smallest of n values), ignored areas left out."""
-        values = self.counted_values(raw_map)
-        place = (values.size + 3) // 4 - 1
-        return float(np.partition(values, place)[place])
+        """Divide a raw map by its levels; without a range of them it stays as it is."""
+        return raw_map if levels is None else self.relative_maps(raw_map, levels)
 
     def blank(self, anomaly_map: FloatMap) -> FloatMap:
         """Return the map with 0 in its ignored cells."""

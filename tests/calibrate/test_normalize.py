@@ -51,21 +51,24 @@ def test_scores_against_the_papers_formula(rng):
     np.testing.assert_allclose(score_maps(maps, scorer, q), wanted, rtol=1e-5)
 
 
-def test_levels_are_of_all_maps_and_quantiles_of_the_divided_ones(rng):
+def test_quantiles_of_relative_maps(rng):
     scorer = Scorer(Geometry())
-    contrasts = rng.uniform(0.5, 4, 6)
-    maps = [RawMaps(*(c * rng.uniform(1, 2, (2, 56, 56))).astype(np.float32), 0, 0) for c in contrasts]
-    levels = np.array([[np.sort(m.student_teacher, None)[783], np.sort(m.autoencoder, None)[783]] for m in maps])
-    st_range, ae_range = level_ranges(maps, scorer)
-    assert (st_range.low, st_range.high, ae_range.low, ae_range.high) == (
-        *(levels[:, 0].min(), levels[:, 0].max()),
-        *(levels[:, 1].min(), levels[:, 1].max()),
-    )
-    got = map_quantiles(maps, scorer, ranges=(st_range, ae_range))
-    divided = [m.student_teacher / level for m, level in zip(maps, levels[:, 0], strict=True)]
-    assert (got.st_a, got.st_b) == pytest.approx(tuple(np.quantile(divided, [0.9, 0.995])), rel=1e-5)
-    alone = map_quantiles(maps, scorer, autoencoder=False, ranges=(st_range, ae_range))
-    assert (alone.st_levels, alone.ae_levels, alone.st_a) == (st_range, None, got.st_a)
+    maps = [RawMaps(*(c * rng.uniform(1, 2, (2, 56, 56))).astype(np.float32), 0, 0) for c in (0.5, 1.0, 4.0)]
+    ranges = level_ranges(maps, scorer)
+    st_range, ae_range = ranges
+    assert st_range == scorer.relative_maps.range_of(m.student_teacher for m in maps)
+    assert ae_range == scorer.relative_maps.range_of(m.autoencoder for m in maps)
+    got = map_quantiles(maps, scorer, ranges=ranges)
+    for a, b, levels, raw in (
+        (got.st_a, got.st_b, st_range, [m.student_teacher for m in maps]),
+        (got.ae_a, got.ae_b, ae_range, [m.autoencoder for m in maps]),
+    ):
+        assert (a, b) == pytest.approx(
+            tuple(np.quantile([scorer.relative_maps(r, levels) for r in raw], [0.9, 0.995]))
+        )
+    assert (got.st_levels, got.ae_levels) == ranges
+    alone = map_quantiles(maps, scorer, autoencoder=False, ranges=ranges)
+    assert (alone.st_levels, alone.ae_levels, alone.st_a, alone.ae_a) == (st_range, None, got.st_a, None)
 
 
 def test_a_map_of_zeros_has_no_level():

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
 from pipeline.geometry import Geometry
 from pipeline.resample import axis_weights, resize, shrink_rows
-from pipeline.scoring import MAX_REGIONS, FrameArea, LevelRange, Quantiles, Scorer
+from pipeline.scoring import MAX_REGIONS, FrameArea, Quantiles, Scorer
 from tests.pipeline import reference
 
 AREA = FrameArea(100, 50, 512, 1024)
@@ -62,55 +60,6 @@ def test_without_an_autoencoder_the_map_is_the_student_teacher_map_alone(rng):
     st, ae = rng.random((2, 56, 56)).astype(np.float32)
     got = Scorer(Geometry()).combine(st, ae, Quantiles(0.2, 0.7, None, None))
     np.testing.assert_allclose(got, 0.1 * (st - 0.2) / 0.5, atol=1e-6)
-
-
-def test_maps_are_divided_by_their_own_levels_within_the_range_of_good_images(rng):
-    st, ae = rng.uniform(1, 9, (2, 56, 56)).astype(np.float32)
-    level_st, level_ae = (np.sort(raw, axis=None)[56 * 56 // 4 - 1] for raw in (st, ae))
-    scorer = Scorer(Geometry())
-    assert (scorer.level(st), scorer.level(ae)) == (level_st, level_ae)
-    assert level_st < 3.2 < level_ae + 3
-
-    def combined(st_levels, ae_levels):
-        return scorer.combine(st, ae, Quantiles(0.2, 0.7, 0.1, 0.9, LevelRange(*st_levels), LevelRange(*ae_levels)))
-
-    def wanted(divide_st, divide_ae):
-        return 0.05 * ((st / divide_st - 0.2) / 0.5 + (ae / divide_ae - 0.1) / 0.8)
-
-    np.testing.assert_allclose(combined((0.1, 9), (0.1, 9)), wanted(level_st, level_ae), rtol=1e-5)
-    np.testing.assert_allclose(combined((0.1, 1.5), (4, 9)), wanted(1.5, 4), rtol=1e-5)
-
-
-def test_an_image_that_differs_all_over_is_not_excused_by_its_level():
-    scorer, q = Scorer(Geometry()), Quantiles(1.0, 2.0, None, None, LevelRange(0.5, 2.0))
-    raw = np.full((56, 56), 1.5, np.float32)
-    raw[:, 50:] = 6.0
-
-    def score(raw_map):
-        return scorer.stretch(scorer.combine(raw_map, raw_map, q)).max()
-
-    assert score(raw) == pytest.approx(0.1 * (6 / 1.5 - 1))
-    assert score(np.float32(1.2) * raw) == pytest.approx(score(raw)), "more contrast, the same picture"
-    assert score(np.float32(10) * raw) == pytest.approx(0.1 * (60 / 2 - 1)), "more than good images ever show"
-
-
-def test_ignored_areas_do_not_count_in_the_level():
-    ignore = np.zeros((1024, 512), bool)
-    ignore[:, :256] = True
-    raw = np.full((56, 56), 3.0, np.float32)
-    raw[:, :28] = 0.001
-    assert Scorer(Geometry(), ignore).level(raw) == 3
-    assert Scorer(Geometry()).level(raw) == pytest.approx(0.001)
-
-
-def test_levels_survive_json_and_nonsense_is_refused():
-    q = Quantiles(0.2, 0.7, 0.1, 0.9, LevelRange(0.5, 0.8), LevelRange(0.1, 0.1))
-    assert Quantiles.from_json(json.loads(json.dumps(q.to_json()))) == q
-    before = Quantiles.from_json({"st_a": 0.2, "st_b": 0.7, "ae_a": None, "ae_b": None})
-    assert before == Quantiles(0.2, 0.7, None, None), "bundles from before there were levels"
-    for low, high in ((0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, float("inf")), (float("nan"), 1.0)):
-        with pytest.raises(ValueError, match="no range of positive numbers"):
-            LevelRange(low, high)
 
 
 def test_mask_that_leaves_nothing_is_refused():

@@ -1,0 +1,95 @@
+"""Raw maps of surfaces relative to their own image: what stands out of it, and of its surroundings, counts.
+
+Surfaces differ in grain, contrast and light from image to image and from place to place, and the whole raw map with
+them, so that its maximum says more about the image than about a defect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+_BESIDE_CELLS = 3
+"""Side of the square over which a map is smoothed: much less than what the networks see at once (33 px)."""
+_AROUND_CELLS = 15
+"""Side of a cell's surroundings: about twice what the networks see at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class LevelRange:
+    """Between which levels the raw maps of good images lie; what lies beyond excuses nothing more."""
+
+    image_low: float
+    """Of an image: the lower quartile of its map."""
+    image_high: float
+    around_low: float
+    """Of a cell's surroundings: their mean."""
+    around_high: float
+
+    def __post_init__(self) -> None:
+        for low, high in ((self.image_low, self.image_high), (self.around_low, self.around_high)):
+            if not 0 < low <= high < np.inf:
+                raise ValueError(f"levels from {low} to {high} are no range of positive numbers")
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read what `asdict` gave. Raises KeyError, TypeError or ValueError when it is not that."""
+        return cls(*(float(data[name]) for name in ("image_low", "image_high", "around_low", "around_high")))
+
+
+class RelativeMaps:
+    """Divide raw maps by their levels: the geometric mean of the image's and of each cell's surroundings'."""
+
+    def __init__(self, counted: NDArray[np.bool_]) -> None:
+        """Prepare.
+
+        Args:
+            counted: (map_height, map_width), False in ignored cells, which count nowhere.
+        """
+        self._counted = counted
+        self._weights = counted.astype(np.float32)
+        # An ignored cell far from all others has nothing around it, and whatever is divided there is left out.
+        self._beside, self._around = (
+            np.maximum(summed, np.float32(1e-6)) for summed in (_beside(self._weights), _around(self._weights))
+        )
+
+    def __call__(self, raw_map: NDArray[np.float32], levels: LevelRange) -> NDArray[np.float32]:
+        """Return the smoothed map divided by its levels, or by the nearest that good images show."""
+        image, around = self.levels(raw_map)
+        smoothed = _beside(raw_map * self._weights) / self._beside
+        divisor = np.clip(around, levels.around_low, levels.around_high)
+        divisor *= np.float32(min(max(image, levels.image_low), levels.image_high))
+        return np.asarray(smoothed / np.sqrt(divisor), np.float32)
+
+    def levels(self, raw_map: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
+        """Return a raw map's lower quartile, and the mean around each cell, (map_height, map_width).
+
+        The quartile is the ⌈n/4⌉-th smallest of n values.
+        """
+        values = raw_map[self._counted]
+        place = (values.size + 3) // 4 - 1
+        around = _around(raw_map * self._weights) / self._around
+        return float(np.partition(values, place)[place]), np.asarray(around, np.float32)
+
+    def range_of(self, raw_maps: Iterable[NDArray[np.float32]]) -> LevelRange:
+        """Return between which levels some raw maps lie. Raises ValueError when one of them is zero."""
+        images, arounds = [], []
+        for raw_map in raw_maps:
+            image, around = self.levels(raw_map)
+            images.append(image)
+            arounds += [float(around[self._counted].min()), float(around[self._counted].max())]
+        return LevelRange(min(images), max(images), min(arounds), max(arounds))
+
+
+def _beside(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(cv2.blur(values, (_BESIDE_CELLS, _BESIDE_CELLS)), np.float32)
+
+
+def _around(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    # Beyond the border there is nothing, and it does not count.
+    return np.asarray(cv2.blur(values, (_AROUND_CELLS, _AROUND_CELLS), borderType=cv2.BORDER_CONSTANT), np.float32)
