@@ -18,7 +18,7 @@ QUANTILE_A, QUANTILE_B = 0.9, 0.995
 """The levels whose quantiles become 0 and 0.1 (paper, section 3.4)."""
 
 LevelRanges = tuple[LevelRange | None, LevelRange | None]
-"""Of the student-teacher and the autoencoder's map; None: it is not divided by its level."""
+"""Of the student-teacher and the autoencoder's map; None: it is not relative."""
 NOT_RELATIVE: LevelRanges = (None, None)
 
 
@@ -45,8 +45,8 @@ def map_quantiles(
         raise DatasetError("no held-out good image is left to take quantiles from")
     st_range, ae_range = ranges
 
-    def of(raw: Iterable[FloatMap], levels_of: LevelRange | None) -> tuple[float, float]:
-        values = np.concatenate([scorer.counted_values(scorer.relative(found, levels_of)) for found in raw])
+    def of(raw: Iterable[FloatMap], within: LevelRange | None) -> tuple[float, float]:
+        values = np.concatenate([scorer.counted_values(scorer.relative(found, within)) for found in raw])
         a, b = np.quantile(values, levels)
         return float(a), float(b)
 
@@ -59,15 +59,16 @@ def map_quantiles(
         raise DatasetError(f"the maps of the held-out images cannot be normalised: {error}") from error
 
 
-def level_ranges(maps: Sequence[RawMaps], scorer: Scorer) -> LevelRanges:
+def level_ranges(maps: Sequence[RawMaps], scorer: Scorer, *, autoencoder: bool = True) -> LevelRanges:
     """Return between which levels the raw maps of good images lie, student-teacher and autoencoder.
 
-    Where they are not the held-out ones, a new good image and the held-out ones are treated alike, so that what
-    `choose_threshold` promises stays exact. Raises DatasetError when a map is zero.
+    Taken from other images than the held-out ones they treat a new good image and those alike, and take nothing
+    from what `choose_threshold` promises. Raises DatasetError when a level is zero or not finite.
     """
     relative = scorer.relative_maps
     try:
-        return relative.range_of(m.student_teacher for m in maps), relative.range_of(m.autoencoder for m in maps)
+        st = relative.range_of(m.student_teacher for m in maps)
+        return st, relative.range_of(m.autoencoder for m in maps) if autoencoder else None
     except ValueError as error:
         raise DatasetError(f"the maps of the good images cannot be divided by their levels: {error}") from error
 

@@ -111,7 +111,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     progress = read_progress(options.out)
     whiten = _resolve_whitening(trainer, teacher, progress, listener)
     relative_map = whiten if options.relative_map is None else options.relative_map
-    settings = _settings(trainer, good, teacher.facts, whiten=whiten, relative_map=relative_map)
+    settings = _settings(trainer, good, teacher.facts, whiten)
     if progress is not None:
         _check_same_run(options, progress, settings)
         load_checkpoint(options.out, trainer.model, trainer.optimizer)
@@ -124,7 +124,9 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         f"training {options.size} on {device.type} in {precision}, {options.steps} steps, "
         f"{penalty if options.losses.penalty else 'no penalty'}"
     )
-    losses = _train_steps(trainer, held_out, scorer, progress or Progress(0, settings), listener)
+    losses = _train_steps(
+        trainer, held_out, scorer, progress or Progress(0, settings), listener, relative_map=relative_map
+    )
     for name, why in trainer.natural.unreadable.items():
         listener.say(f"skipped natural image {name}: {why}")
     use_autoencoder = options.losses.autoencoder
@@ -138,9 +140,9 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     model = Model(options.size, options.geometry, options.preprocess, weights_of(trainer.model))
     ranges = NOT_RELATIVE
     if relative_map:
-        some = PreparedImages([trainer.images.files[index] for index in trainer.some(_LEVELS_OF)], cache)
-        listener.say(f"looking at the levels of {len(some)} images' maps")
-        ranges = level_ranges(raw_maps(model, some, options, listener), scorer)
+        some = trainer.some_images(_LEVELS_OF)
+        listener.say(f"maps are relative to their own level, as {len(some)} images show it (--no-relative-map)")
+        ranges = level_ranges(raw_maps(model, some, options, listener), scorer, autoencoder=use_autoencoder)
     listener.say(f"calibrating on {len(good.held_out)} held-out images")
     maps = raw_maps(model, held_out, options, listener)
     bundle, scores = calibrated(
@@ -151,7 +153,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         autoencoder=use_autoencoder,
         ranges=ranges,
         teacher=teacher.facts,
-        training=_training_facts(settings, good, options),
+        training={**_training_facts(settings, good, options), "relative_map": relative_map},
     )
     bundle = write_bundle(with_precisions(bundle, held_out, maps, scorer, options, listener), options.out)
     delete_checkpoint(options.out)
@@ -251,9 +253,7 @@ def _resolve_whitening(trainer: Trainer, teacher: Teacher, progress: Progress | 
     return whiten
 
 
-def _settings(
-    trainer: Trainer, good: GoodImages, teacher: dict[str, Any], *, whiten: bool, relative_map: bool
-) -> dict[str, Any]:
+def _settings(trainer: Trainer, good: GoodImages, teacher: dict[str, Any], whiten: bool) -> dict[str, Any]:
     """Everything that determines the outcome, to tell whether a checkpoint belongs to this run."""
     o, spec = trainer.options, trainer.options.preprocess
     arrays = {name: getattr(spec, name) for name in _ARRAY_FIELDS}
@@ -264,7 +264,6 @@ def _settings(
         "seed": o.seed,
         "learning_rate": o.learning_rate,
         "whiten": whiten,
-        "relative_map": relative_map,
         "size": o.size,
         "teacher": teacher,
         "geometry": o.geometry.to_json(),
@@ -322,6 +321,8 @@ def _train_steps(
     scorer: Scorer,
     start: Progress,
     listener: Listener,
+    *,
+    relative_map: bool,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Do the remaining steps; returns the losses on the way, (points, 1 + terms), those before `start` included."""
     options, model = trainer.options, trainer.model
@@ -329,7 +330,6 @@ def _train_steps(
     saved_s, done = time.monotonic(), start.step
     curve, recent = list(start.losses), []
     every = max(1, options.steps // _LOSS_POINTS)
-    relative = bool(start.settings["relative_map"])
     looks = {round(options.steps * share / _LOOKS) for share in range(1, _LOOKS)}
 
     def save() -> None:
@@ -361,7 +361,7 @@ def _train_steps(
             save()
             raise TrainingStopped(f"stopped at step {done} of {options.steps}; the same command goes on")
         if done in looks:
-            listener.say(f"step {done}: {_look(trainer, held_out, scorer, relative_map=relative)}")
+            listener.say(f"step {done}: {_look(trainer, held_out, scorer, relative_map=relative_map)}")
     return np.array(curve).reshape(-1, 1 + len(_LOSS_NAMES))
 
 
@@ -378,10 +378,9 @@ def _look(trainer: Trainer, held_out: PreparedImages, scorer: Scorer, *, relativ
         maps.append(RawMaps(st, ae, 0, 0))
     trainer.model.train()
     options = trainer.options
-    ranges = level_ranges(maps, scorer) if relative_map else NOT_RELATIVE
-    quantiles = map_quantiles(
-        maps, scorer, options.quantile_levels, autoencoder=options.losses.autoencoder, ranges=ranges
-    )
+    autoencoder = options.losses.autoencoder
+    ranges = level_ranges(maps, scorer, autoencoder=autoencoder) if relative_map else NOT_RELATIVE
+    quantiles = map_quantiles(maps, scorer, options.quantile_levels, autoencoder=autoencoder, ranges=ranges)
     scores = np.sort(score_maps(maps, scorer, quantiles))
     counts, _ = np.histogram(scores, bins=16)
     bars = "".join(_BARS[min(len(_BARS) - 1, int(np.ceil(c * (len(_BARS) - 1) / counts.max())))] for c in counts)

@@ -63,6 +63,7 @@ class Trainer:
     ) -> None:
         self.options, self.device, self.precision = options, device, precision
         keep_freed_memory()
+        self._cache = cache
         self.images = PreparedImages(good.train, cache)
         self.natural = _NaturalImages(options)
         self._tiles = options.geometry.tiles()
@@ -86,7 +87,7 @@ class Trainer:
         Calls `on_image` before each image that is looked at.
         """
         self.model.teacher.load_state_dict(teacher.weights)
-        images = ([index] for index in self.some(_LAYOUT_OF))  # in no order: neighbours may show one part twice
+        images = ([index] for index in self._some(_LAYOUT_OF))  # in no order: neighbours may show one part twice
         return layout_share(torch.cat(list(self._features_of(image, on_image)), dim=1) for image in images)
 
     def prepare_teacher(
@@ -99,12 +100,15 @@ class Trainer:
         network = self.model.teacher
         network.load_state_dict(teacher.weights)
         if whiten:
-            fold_into_last(network, *whitening(self._features_of(sorted(self.some(_WHITENED_OVER)), on_image)))
+            fold_into_last(network, *whitening(self._features_of(sorted(self._some(_WHITENED_OVER)), on_image)))
         mean, std = channel_statistics(self._features_of(range(len(self.images)), on_image))
         fold_into_last(network, mean, torch.diag(1 / std.double()))
 
-    def some(self, count: int) -> list[int]:
+    def some_images(self, count: int) -> PreparedImages:
         """Choose so many training images at random, the same each time; all where there are fewer."""
+        return PreparedImages([self.images.files[index] for index in self._some(count)], self._cache)
+
+    def _some(self, count: int) -> list[int]:
         chosen: list[int] = (
             np.random.default_rng([self.options.seed, 4]).permutation(len(self.images))[:count].tolist()
         )

@@ -33,6 +33,8 @@ from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, che
 from pipeline.scoring import BoolMap, FrameArea, Quantiles
 
 FORMAT = "inspectord.bundle/1"
+RELATIVE_FORMAT = "inspectord.bundle/2"
+"""Of relative maps: a version that does not know them must not apply their quantiles to raw maps."""
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 _ARRAYS = {"dark": "dark_frame.npy", "flat": "flat_field.npy"}
@@ -65,7 +67,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionCalibration:
-    """What belongs to a precision of an engine, taken from the very same images as float32's."""
+    """What belongs to a precision of an engine, taken from the very same images as float32's.
+
+    The range of levels is float32's.
+    """
 
     quantiles: Quantiles
     threshold: float
@@ -165,11 +170,13 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "quantiles": bundle.quantiles.to_json(),
         "threshold": bundle.threshold,
     }
-    precisions = {name: asdict(found) for name, found in bundle.precisions.items()}
+    precisions = {
+        name: {**asdict(found), "quantiles": found.quantiles.to_json()} for name, found in bundle.precisions.items()
+    }
     decisive = {name: [found["quantiles"], found["threshold"]] for name, found in precisions.items()}
     basis = [calibration, preprocessing, files, dict(model.ranges), decisive]
     manifest: dict[str, Any] = {
-        "format": FORMAT,
+        "format": RELATIVE_FORMAT if bundle.quantiles.is_relative else FORMAT,
         "created": bundle.created,
         "versions": dict(bundle.versions),
         "model_id": files[WEIGHTS]["sha256"][:12],
@@ -255,9 +262,12 @@ def _read_as_told(text: bytes, folder: Path) -> Bundle:
         manifest = json.loads(text, parse_constant=_refuse_constant)
     except (RecursionError, ValueError) as error:
         raise BundleError(f"{manifest_path.absolute()}: not valid JSON, damaged or truncated: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in (FORMAT, RELATIVE_FORMAT):
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BundleError(f"{manifest_path.absolute()}: format is {found!r}, this version reads {FORMAT!r}")
+        raise BundleError(
+            f"{manifest_path.absolute()}: format is {found!r}, this version reads {FORMAT!r} "
+            f"and {RELATIVE_FORMAT!r}"
+        )
     checksum = manifest.pop("checksum", None)
     if checksum != sha256_hex(_canonical(manifest)):
         raise BundleError(

@@ -37,6 +37,8 @@ class Quantiles:
     def __post_init__(self) -> None:
         if (self.ae_a is None) != (self.ae_b is None):
             raise ValueError("the autoencoder's quantiles come both or not at all")
+        if (self.ae_levels is not None) != (self.is_relative and self.ae_a is not None):
+            raise ValueError("levels belong to every map that has quantiles, or to none")
         if not all(
             np.isfinite(value) for value in (self.st_a, self.st_b, self.ae_a, self.ae_b) if value is not None
         ):
@@ -45,17 +47,22 @@ class Quantiles:
             if a is not None and b is not None and b <= a:
                 raise ValueError("the upper quantile must lie above the lower quantile")
 
+    @property
+    def is_relative(self) -> bool:
+        """True where maps are relative to their own levels."""
+        return self.st_levels is not None
+
     def to_json(self) -> dict[str, Any]:
         """Describe the quantiles for a bundle."""
-        return asdict(self)
+        ranges = ("st_levels", "ae_levels")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in ranges}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError when it is not that."""
         ae_a, ae_b = (None if data[name] is None else float(data[name]) for name in ("ae_a", "ae_b"))
-        found = (data.get(name) for name in ("st_levels", "ae_levels"))
-        levels = (None if levels is None else LevelRange.from_json(levels) for levels in found)
-        return cls(float(data["st_a"]), float(data["st_b"]), ae_a, ae_b, *levels)
+        ranges = {name: LevelRange.from_json(data[name]) for name in ("st_levels", "ae_levels") if name in data}
+        return cls(float(data["st_a"]), float(data["st_b"]), ae_a, ae_b, **ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,8 @@ class Scorer:
     def combine(self, raw_st: FloatMap, raw_ae: FloatMap, quantiles: Quantiles) -> FloatMap:
         """Normalise both raw maps and average them (paper, algorithm 3); without autoencoder, the first alone.
 
+        Relative maps are not the paper's.
+
         Args:
             raw_st: (map_height, map_width), student-teacher.
             raw_ae: the same for autoencoder and student.
@@ -131,9 +140,9 @@ class Scorer:
         ae = (self.relative(raw_ae, q.ae_levels) - np.float32(q.ae_a)) * np.float32(0.1 / (q.ae_b - q.ae_a))
         return np.asarray(0.5 * st + 0.5 * ae, np.float32)
 
-    def relative(self, raw_map: FloatMap, levels: LevelRange | None) -> FloatMap:
+    def relative(self, raw_map: FloatMap, within: LevelRange | None) -> FloatMap:
         """Divide a raw map by its levels; without a range of them it stays as it is."""
-        return raw_map if levels is None else self.relative_maps(raw_map, levels)
+        return raw_map if within is None else self.relative_maps(raw_map, within)
 
     def blank(self, anomaly_map: FloatMap) -> FloatMap:
         """Return the map with 0 in its ignored cells."""

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import cv2
 import numpy as np
@@ -24,7 +25,7 @@ from calibrate.train import train
 from calibrate.trainer import Trainer
 from drivers.frame import PixelFormat
 from drivers.replay import decode_image, list_images, read_image
-from pipeline.bundle import read_bundle
+from pipeline.bundle import MANIFEST, read_bundle
 from pipeline.geometry import Geometry
 from pipeline.preprocess import Preprocessor, PreprocessSpec
 from pipeline.scoring import FrameArea
@@ -543,9 +544,37 @@ def test_surfaces_are_whitened_and_maps_relative_unless_told_otherwise(
     assert bundle.training["whiten"] is whitened
     assert bundle.training["relative_map"] is relative
     assert (bundle.quantiles.st_levels is not None) is relative
-    assert read_bundle(options.out).quantiles == bundle.quantiles
     assert all((p.quantiles.st_levels == bundle.quantiles.st_levels) for p in bundle.precisions.values())
     assert any("a surface; features are whitened" in said for said in notes.said) == (wanted is None)
+    assert any("relative to their own level" in said for said in notes.said) is relative
+    # A version that does not know relative maps must refuse their bundle.
+    assert json.loads((options.out / MANIFEST).read_text())["format"] == f"inspectord.bundle/{2 if relative else 1}"
+
+
+def test_levels_are_those_of_training_images_so_that_the_threshold_keeps_its_promise(options):
+    bundle = train(replace(options, relative_map=True, steps=1))
+    good = load_good_images(options.dataset, options.held_out_share, options.seed)
+    cache = ImageCache(Preprocessor(options.preprocess), None, 0)
+    from pipeline.engine_cpu import CpuEngine
+    from pipeline.scoring import Scorer
+
+    engine, relative = CpuEngine(bundle.model), Scorer(options.geometry).relative_maps
+    of_train, of_held_out = (
+        relative.range_of(engine.infer(image)[0] for image in PreparedImages(files, cache))
+        for files in (good.train, good.held_out)
+    )
+    assert astuple(bundle.quantiles.st_levels) == pytest.approx(astuple(of_train), rel=1e-3)
+    assert astuple(of_held_out) != pytest.approx(astuple(of_train), rel=1e-2)
+
+
+def test_a_training_can_be_calibrated_with_and_without_relative_maps(options):
+    """What happens after the last step makes no other model: a checkpoint serves both."""
+    notes = Notes()
+    with pytest.raises(TrainingStopped):
+        train(replace(options, relative_map=True), Notes(stop_after=2))
+    bundle = train(replace(options, relative_map=False), notes)
+    assert any("resuming from the checkpoint" in said for said in notes.said)
+    assert bundle.quantiles.st_levels is None
 
 
 def test_parts_in_one_position_are_not_whitened(options):

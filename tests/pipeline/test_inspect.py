@@ -14,6 +14,7 @@ from pipeline.engines import EngineUnavailable, make_engine
 from pipeline.inspect import Inspector, judge
 from pipeline.inspection import Outcome, Reason
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
+from pipeline.relative import LevelRange
 from pipeline.scoring import Quantiles
 
 
@@ -67,6 +68,16 @@ def test_finite_maps_that_overflow_on_the_way_are_invalid_engine(bundle, part):
     bundle = replace(bundle, quantiles=Quantiles(0.0, 1e-3, 0.0, 1e-3))
     found = Inspector(bundle, CannedEngine(huge, huge)).inspect(part)
     assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.ENGINE)
+
+
+def test_with_relative_maps_what_is_wrong_all_over_is_never_ok(bundle, part):
+    levels = LevelRange(0.5, 2.0, 0.5, 4.0)
+    relative = replace(bundle, threshold=0.1, quantiles=Quantiles(1.0, 2.0, 1.0, 2.0, levels, levels))
+    for value, outcome in ((1.5, Outcome.OK), (9.0, Outcome.NG), (1e30, Outcome.NG), (3e38, Outcome.NG)):
+        maps = np.full((8, 8), value, np.float32)
+        assert Inspector(relative, CannedEngine(maps, maps)).inspect(part).outcome is outcome
+    maps[2, 2] = np.nan
+    assert Inspector(relative, CannedEngine(maps, maps)).inspect(part).outcome is Outcome.INVALID
 
 
 def test_weights_gone_bad_in_memory_are_invalid_engine(bundle, part):
