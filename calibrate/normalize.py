@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,30 @@ def level_ranges(maps: Sequence[RawMaps], scorer: Scorer, *, autoencoder: bool =
         return st, relative.range_of(m.autoencoder for m in maps) if autoencoder else None
     except ValueError as error:
         raise DatasetError(f"the maps of the good images cannot be divided by their levels: {error}") from error
+
+
+def ranges_in(
+    quantiles: Quantiles, maps: Sequence[RawMaps], exact: Sequence[RawMaps], scorer: Scorer
+) -> LevelRanges:
+    """Return the ranges of levels for a precision: float32's, with the floor that its rounding adds.
+
+    Args:
+        quantiles: float32's.
+        maps: of the held-out images, in the precision.
+        exact: the same in float32.
+        scorer: knows the ignored areas.
+    """
+
+    def with_floor(within: LevelRange | None, added: Iterable[FloatMap]) -> LevelRange | None:
+        if within is None:
+            return None
+        return replace(within, floor=float(np.mean([scorer.counted_values(one).mean() for one in added])))
+
+    pairs = list(zip(maps, exact, strict=True))
+    return (
+        with_floor(quantiles.st_levels, (m.student_teacher - e.student_teacher for m, e in pairs)),
+        with_floor(quantiles.ae_levels, (m.autoencoder - e.autoencoder for m, e in pairs)),
+    )
 
 
 def score_maps(maps: Sequence[RawMaps], scorer: Scorer, quantiles: Quantiles) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.dataset import PreparedImages
-from calibrate.normalize import choose_threshold, map_quantiles, score_maps
+from calibrate.normalize import choose_threshold, map_quantiles, ranges_in, score_maps
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
 from pipeline.bundle import Bundle, PrecisionCalibration
@@ -91,7 +91,7 @@ def calibrate_precisions(
                 scorer,
                 options.quantile_levels,
                 autoencoder=bundle.quantiles.ae_a is not None,
-                ranges=(bundle.quantiles.st_levels, bundle.quantiles.ae_levels),
+                ranges=ranges_in(bundle.quantiles, on_good, maps, scorer),
             )
         except Exception as error:  # noqa: BLE001 - whatever a device throws, float32 is there
             say(f"{precision} is left out: {type(error).__name__}: {error}")

@@ -69,7 +69,7 @@ class Model:
 class PrecisionCalibration:
     """What belongs to a precision of an engine, taken from the very same images as float32's.
 
-    The range of levels is float32's.
+    The range of levels is float32's, but for its floor.
     """
 
     quantiles: Quantiles

@@ -7,7 +7,7 @@ them, so that its maximum says more about the image than about a defect.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import cv2
@@ -33,8 +33,13 @@ class LevelRange:
     """Of a cell's surroundings: their mean, as a multiple of the image's level. A multiple, so that an image that
     differs all over cannot claim in each cell what good images reach in one."""
     around_high: float
+    floor: float = 0.0
+    """Taken off every cell first: what rounding in a precision of fewer bits adds to a map's squares, which is much
+    where an image's level is low."""
 
     def __post_init__(self) -> None:
+        if not np.isfinite(self.floor):
+            raise ValueError(f"the floor of a map is {self.floor}")
         for low, high in ((self.image_low, self.image_high), (self.around_low, self.around_high)):
             if not 0 < low <= high < _LARGEST:
                 raise ValueError(f"levels from {low} to {high} are no range of positive numbers")
@@ -42,7 +47,7 @@ class LevelRange:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Read what `asdict` gave. Raises KeyError, TypeError or ValueError when it is not that."""
-        return cls(*(float(data[name]) for name in ("image_low", "image_high", "around_low", "around_high")))
+        return cls(*(float(data[field.name]) for field in fields(cls)))
 
 
 class RelativeMaps:
@@ -63,6 +68,8 @@ class RelativeMaps:
 
     def __call__(self, raw_map: NDArray[np.float32], within: LevelRange) -> NDArray[np.float32]:
         """Return the smoothed map divided by its levels, or by the nearest that good images show."""
+        if within.floor:
+            raw_map = np.maximum(raw_map - np.float32(within.floor), np.float32(0))
         image, around = self.levels(raw_map)
         smoothed = _mean_beside(raw_map * self._weights) / self._share_beside
         image = max(image, within.image_low)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from calibrate.augment import augment, natural_image
 from calibrate.dataset import ImageCache, PreparedImages
 from calibrate.layouts import DatasetError, ImageFile
-from calibrate.normalize import choose_threshold, level_ranges, map_quantiles, score_maps
+from calibrate.normalize import choose_threshold, level_ranges, map_quantiles, ranges_in, score_maps
 from calibrate.teacher import channel_statistics, random_teacher, teacher_features
 from drivers.replay import list_images
 from pipeline.engine import RawMaps
@@ -69,6 +71,24 @@ def test_quantiles_of_relative_maps(rng):
     assert (got.st_levels, got.ae_levels) == ranges
     alone = map_quantiles(maps, scorer, autoencoder=False, ranges=ranges)
     assert (alone.st_levels, alone.ae_levels, alone.st_a, alone.ae_a) == (st_range, None, got.st_a, None)
+
+
+def test_a_precision_takes_off_what_its_rounding_adds(rng):
+    scorer = Scorer(Geometry())
+    exact = [RawMaps(*(c * rng.uniform(1, 2, (2, 56, 56))).astype(np.float32), 0, 0) for c in (0.2, 1.0, 4.0)]
+    noise = rng.normal(0.1, 0.01, (3, 2, 56, 56)).astype(np.float32)
+    noise[:, 1] += 0.3
+    rounded = [
+        RawMaps(e.student_teacher + n[0], e.autoencoder + n[1], 0, 0) for e, n in zip(exact, noise, strict=True)
+    ]
+    q = map_quantiles(exact, scorer, ranges=level_ranges(exact, scorer))
+    st, ae = ranges_in(q, rounded, exact, scorer)
+    assert (st.floor, ae.floor) == pytest.approx((noise[:, 0].mean(), noise[:, 1].mean()), rel=1e-4)
+    assert (replace(st, floor=0.0), replace(ae, floor=0.0)) == (q.st_levels, q.ae_levels)
+    ours = map_quantiles(rounded, scorer, ranges=(st, ae))
+    np.testing.assert_allclose(score_maps(rounded, scorer, ours), score_maps(exact, scorer, q), atol=0.01)
+    plain = map_quantiles(exact, scorer, autoencoder=False)
+    assert ranges_in(plain, rounded, exact, scorer) == (None, None)
 
 
 def test_a_map_of_zeros_has_no_level():

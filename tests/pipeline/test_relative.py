@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def test_the_range_is_that_of_all_maps(rng):
     images, arounds = zip(*(relative.levels(raw) for raw in maps), strict=True)
     multiples = [around / image for image, around in zip(images, arounds, strict=True)]
     wanted = [float(f(of)) for of in (images, multiples) for f in (np.min, np.max)]
-    assert astuple(relative.range_of(maps)) == pytest.approx(wanted)
+    assert astuple(relative.range_of(maps)) == pytest.approx((*wanted, 0.0))
     zeros, with_nan, with_inf = (np.array(maps[0]) for _ in range(3))
     zeros[:], with_nan[3, 3], with_inf[3, 3] = 0, np.nan, np.inf
     for bad in (zeros, with_nan, with_inf):
@@ -120,6 +120,16 @@ def test_an_image_that_differs_all_over_is_not_excused(surface):
     assert score(np.full(good.shape, 1e30, np.float32), q) > 1e28
 
 
+def test_what_rounding_adds_everywhere_is_taken_off_first(surface):
+    good, q = surface
+    noisy = replace(q, st_levels=replace(q.st_levels, floor=0.3))
+    for contrast in (0.5, 1.0):
+        raw = np.float32(contrast) * good
+        assert score(raw + np.float32(0.3), noisy) == pytest.approx(score(raw, q), rel=1e-5)
+        assert score(raw + np.float32(0.3), q) < score(raw, q), "without, it hides what stands out"
+    assert np.isfinite(score(np.zeros(good.shape, np.float32), noisy)), "less than the floor is nothing"
+
+
 def test_what_is_not_a_number_stays_so(surface):
     good, q = surface
     for value in (np.nan, np.inf):
@@ -141,7 +151,7 @@ def test_a_scorer_leaves_its_ignored_cells_out_of_the_levels(surface):
 
 
 def test_levels_survive_json_and_nonsense_is_refused():
-    q = Quantiles(0.2, 0.7, 0.1, 0.9, LevelRange(0.5, 0.8, 0.4, 2.0), LevelRange(0.1, 0.1, 0.1, 0.1))
+    q = Quantiles(0.2, 0.7, 0.1, 0.9, LevelRange(0.5, 0.8, 0.4, 2.0), LevelRange(0.1, 0.1, 0.1, 0.1, 0.02))
     assert Quantiles.from_json(json.loads(json.dumps(q.to_json()))) == q
     before = Quantiles.from_json({"st_a": 0.2, "st_b": 0.7, "ae_a": None, "ae_b": None})
     assert before == Quantiles(0.2, 0.7, None, None), "of bundles from before there were levels"
@@ -154,3 +164,5 @@ def test_levels_survive_json_and_nonsense_is_refused():
         for bad in ((low, high, 1.0, 2.0), (1.0, 2.0, low, high)):
             with pytest.raises(ValueError, match="no range of positive numbers"):
                 LevelRange(*bad)
+    with pytest.raises(ValueError, match="floor"):
+        LevelRange(0.5, 0.8, 0.4, 2.0, float("nan"))
