@@ -428,8 +428,9 @@ _QUIET: dict[str, Any] = {"log": {"level": "warning"}, "images": False}
 _SATURATED: dict[str, Any] = {**_QUIET, "on_overload": "wait"}
 _INGEST_WARM_UP, _INGEST_LOAD_FPS, _LOADED_FRAMES = 300, 100.0, 2000
 _ALL_OK, _ALL_NG = 1e6, 1.0
-_JOURNAL_WAIT_MS = 1000
 """Thresholds above and below the null engine's spots."""
+_JOURNAL_WAIT_MS = 1000
+"""Of `bench ingest`; by default a verdict waits 50 ms for its commit."""
 _EMULATED = "0815-0000"
 """Serial number of pylon's first emulated camera."""
 
