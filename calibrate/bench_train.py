@@ -44,6 +44,11 @@ class _Straightforward:
 
     def step(self, step: int) -> float:
         """Do one step; returns the total loss."""
+        # TF32 is what PyTorch's convolutions use by themselves; the other side has turned it off.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            return self._step(step)
+
+    def _step(self, step: int) -> float:
         rng = np.random.default_rng([self._options.seed, 1, step])
         torch.manual_seed(int(rng.integers(2**31)))
         file = self._trainer.file_of(step)

@@ -8,6 +8,7 @@ import torch
 
 from calibrate.dataset import PreparedImages
 from calibrate.foreign import ForeignModel, ImportFailed
+from calibrate.layouts import refuse_among_images
 from calibrate.listener import Listener
 from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
@@ -57,6 +58,10 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
     listener = listener or Listener()
     cache = image_cache(options)
     good = good_images(options, cache, listener)
+    refuse_among_images(options.out, good.train + good.held_out)
+    listener.say(
+        f"the threshold comes from {len(good.held_out)} good images; it is too low if the model was trained on them"
+    )
     statistics = foreign.statistics
     if statistics is None:
         with torch.inference_mode():

@@ -51,6 +51,19 @@ class ImageFile(NamedTuple):
     path: Path
 
 
+def refuse_among_images(folder: Path, files: Iterable[ImageFile]) -> None:
+    """Refuse to write a bundle or a report among a data set's images: they would not be found there any more.
+
+    Raises DatasetError.
+    """
+    inside = folder.resolve()
+    for file in files:
+        if inside in file.path.resolve().parents:
+            raise DatasetError(
+                f"{folder.absolute()} holds images of the data set ({file.name}); write to a folder of its own"
+            )
+
+
 class TestImage(NamedTuple):
     """One image of a test set with what is known of it."""
 

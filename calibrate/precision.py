@@ -72,15 +72,22 @@ def calibrate_precisions(
         for index, image in enumerate(good()):
             yield paste_anomaly(image, np.random.default_rng([options.seed, stream, index]))
 
-    # Proven on others than those that the ranges are taken from, or nothing could ever exceed these.
-    seen = observe_ranges(bundle.model, itertools.chain(good(), anomalies(_OBSERVED)))
-    model = replace(bundle.model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
+    model = bundle.model
+    reduced = reduced_precisions("cpu" if options.device == "cpu" else "auto")
+    if "int8" in reduced:
+        try:
+            # Proven on others than those that the ranges are taken from, or nothing could ever exceed these.
+            seen = observe_ranges(model, itertools.chain(good(), anomalies(_OBSERVED)))
+            model = replace(model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
+        except Exception as error:  # noqa: BLE001 - as below
+            reduced.remove("int8")
+            say(f"int8 is left out: {type(error).__name__}: {error}")
     on_anomalies, infer_ms = _timed_maps(CpuEngine(model), anomalies(_PROVEN))
     wanted = score_maps([*maps, *on_anomalies], scorer, bundle.quantiles)
     found: dict[Precision, PrecisionCalibration] = {
         "fp32": PrecisionCalibration(bundle.quantiles, bundle.threshold, 0.0, infer_ms)
     }
-    for precision in reduced_precisions("cpu" if options.device == "cpu" else "auto"):
+    for precision in reduced:
         go_on()
         everything = itertools.chain((held_out[index] for index in range(len(held_out))), anomalies(_PROVEN))
         try:

@@ -23,7 +23,7 @@ from calibrate.checkpoint import (
 )
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages, load_good_images
 from calibrate.device import device_of, resolve_precision
-from calibrate.layouts import ImageFile
+from calibrate.layouts import ImageFile, refuse_among_images
 from calibrate.listener import Listener, TrainingError, TrainingStopped
 from calibrate.normalize import NOT_RELATIVE, LevelRanges, choose_threshold, level_ranges, map_quantiles, score_maps
 from calibrate.options import TrainOptions
@@ -101,6 +101,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         )
     cache = image_cache(options)
     good = good_images(options, cache, listener)
+    refuse_among_images(options.out, good.train + good.held_out)
     held_out = PreparedImages(good.held_out, cache)
     _tell_of_images(good, listener)
     teacher = find_teacher(options.teacher, options.size, options.seed)

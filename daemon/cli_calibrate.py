@@ -175,6 +175,7 @@ def evaluate(
 ) -> None:
     """Score a test set: image and pixel metrics, each kind of defect, rejects and escapes at the threshold."""
     with clear_errors():
+        from calibrate.layouts import load_test_set, refuse_among_images
         from daemon.progress import ConsoleListener
         from pipeline.bundle import read_bundle, write_atomically
 
@@ -182,6 +183,7 @@ def evaluate(
         loaded = read_bundle(bundle)
         check_file(json_file, "--json")
         if report is not None:
+            refuse_among_images(report, (image.file for image in load_test_set(dataset).images))
             report.mkdir(parents=True, exist_ok=True)  # said at once, not after the scoring
         from calibrate.evaluate import evaluate as evaluate_bundle
         from calibrate.report import write_evaluation_report

@@ -84,12 +84,23 @@ def import_foreign(
     source: Annotated[Path, typer.Argument(help="a teacher's file, a checkpoint, or the reference's folder")],
     out: Annotated[Path, typer.Option("--out", "-o", help="a file for a teacher, a folder for a model's bundle")],
     good: Annotated[
-        Path | None, typer.Option(help="good images; whole models need them for their quantiles")
+        Path | None,
+        typer.Option(
+            help="good images that the model was not trained on: a whole model's threshold comes from them"
+        ),
     ] = None,
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT that the model was trained at")] = "256x256",
     padded: Annotated[bool, typer.Option("--padded", help="the model was trained with padding")] = False,
     roi: Annotated[str | None, typer.Option(help="X,Y,WIDTH,HEIGHT of the region of interest, px")] = None,
-    held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="share kept for calibration")] = 0.1,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=0.9,
+            help="share kept for calibration; without it a tenth, or, where the file brings the teacher's "
+            "statistics, all but one",
+        ),
+    ] = None,
     false_reject_rate: Annotated[float, typer.Option(min=0.0001, max=0.5, help="wanted, of good parts")] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="of the split")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
@@ -121,7 +132,7 @@ def import_foreign(
             size=found.size,
             geometry=Geometry(width, height, padded),
             preprocess=PreprocessSpec(width, height, roi=None if roi is None else area(roi)),
-            held_out_share=held_out,
+            held_out_share=held_out or (0.1 if found.statistics is None else 1.0),
             false_reject_rate=false_reject_rate,
             seed=seed,
         )

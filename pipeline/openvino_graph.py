@@ -46,30 +46,19 @@ def build_graph(
 
     Raises KeyError when a range is missing.
     """
-    builder = _Builder(networks, ranges, winograd=winograd)
-    g = networks.geometry
-    (first, *_) = g.tiles()
-    image = op.parameter([1, 3, g.image_height, g.image_width], np.float32, name="image")
-    if part == "prediction":
-        return ov.Model([builder.predict(image)], [image], part)
-    if part == "whole":
-        return ov.Model(builder.maps(image, builder.predict(image)), [image], part)
-    tile_px = (first.y_px.stop - first.y_px.start, first.x_px.stop - first.x_px.start)
-    cells = (first.rows.stop - first.rows.start, first.columns.stop - first.columns.start)
-    piece = op.parameter([1, 3, *tile_px], np.float32, name="piece")
-    predicted = op.parameter([1, TEACHER_CHANNELS, *cells], np.float32, name="predicted")
-    return ov.Model(builder.maps(piece, predicted), [piece, predicted], part)
+    return ov.Model(*_Builder(networks, ranges, winograd=winograd).part(part), part)
 
 
-def build_observer(networks: Folded, *, winograd: bool = True) -> tuple[ov.Model, list[str]]:
-    """Build a graph that returns the largest magnitude at each convolution's input, in the order of the names."""
+def build_observer(networks: Folded, part: Part = "whole", *, winograd: bool = True) -> tuple[ov.Model, list[str]]:
+    """Build `build_graph`'s graph with one result more, the first: how large each convolution's input is.
+
+    Returns the graph and the convolutions' names, in the order of the magnitudes.
+    """
     builder = _Builder(networks, None, winograd=winograd)
-    g = networks.geometry
-    image = op.parameter([1, 3, g.image_height, g.image_width], np.float32, name="image")
-    builder.maps(image, builder.predict(image))
+    results, parameters = builder.part(part)
     axes = np.arange(4)
     largest = [op.reshape(op.reduce_max(op.abs(node), axes), [1], False) for node in builder.inputs.values()]
-    return ov.Model([op.concat(largest, 0)], [image], "observer"), list(builder.inputs)
+    return ov.Model([op.concat(largest, 0), *results], parameters, part), list(builder.inputs)
 
 
 def convolution_names(networks: Folded) -> list[str]:
@@ -84,6 +73,21 @@ class _Builder:
         self._winograd = winograd
         self.inputs: dict[str, ov.Node] = {}
         """What each convolution reads, by its name."""
+
+    def part(self, part: Part) -> tuple[list[ov.Node], list[ov.Node]]:
+        """Return the results and the parameters of a part."""
+        g = self._networks.geometry
+        (first, *_) = g.tiles()
+        image = op.parameter([1, 3, g.image_height, g.image_width], np.float32, name="image")
+        if part == "prediction":
+            return [self.predict(image)], [image]
+        if part == "whole":
+            return self.maps(image, self.predict(image)), [image]
+        tile_px = (first.y_px.stop - first.y_px.start, first.x_px.stop - first.x_px.start)
+        cells = (first.rows.stop - first.rows.start, first.columns.stop - first.columns.start)
+        piece = op.parameter([1, 3, *tile_px], np.float32, name="piece")
+        predicted = op.parameter([1, TEACHER_CHANNELS, *cells], np.float32, name="predicted")
+        return self.maps(piece, predicted), [piece, predicted]
 
     def predict(self, image: ov.Node) -> ov.Node:
         networks, g = self._networks, self._networks.geometry

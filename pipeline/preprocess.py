@@ -91,10 +91,11 @@ class PreprocessSpec:
         return self.roi
 
     def ignored_in_roi(self) -> BoolMap | None:
-        """Return the ignore mask cut to the region of interest."""
+        """Return the ignore mask cut to the region of interest. Raises FormatMismatch where it lies beyond it."""
         if self.ignore is None or self.roi is None:
             return self.ignore
-        r = self.roi
+        height, width = self.ignore.shape
+        r = self.area(width, height)
         return self.ignore[r.y : r.y + r.height, r.x : r.x + r.width]
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from calibrate.foreign import ForeignModel, ImportFailed, read_foreign, read_state
 from calibrate.importing import import_model
+from calibrate.layouts import DatasetError
 from calibrate.options import TrainOptions
 from calibrate.teacher import TeacherError, find_teacher, read_teacher, write_teacher
 from pipeline.geometry import Geometry
@@ -231,6 +232,8 @@ def test_an_imported_model_is_calibrated_on_good_images_and_remembers_them(good_
     assert bundle.training["teacher_statistics"] == "from the good images"
     assert len(bundle.training["digests"]) == 12
     np.testing.assert_array_equal(bundle.model.weights["student.0.weight"], model.student[0].weight.detach())
+    with pytest.raises(DatasetError, match="holds images of the data set"):
+        import_model(read_foreign(tmp_path), replace(options, out=good_parts))
     broken = read_foreign(tmp_path)
     del broken.weights["student.8.bias"]
     with pytest.raises(ImportFailed, match=r"tensor student\.8\.bias is missing"):

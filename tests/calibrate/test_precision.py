@@ -85,6 +85,20 @@ def test_an_engine_that_fails_costs_its_precision_and_not_the_training(bundle, h
 
 
 @needs_int8
+def test_ranges_that_cannot_be_observed_cost_int8_and_not_the_training(bundle, held_out, monkeypatch):
+    def broken(_model, _images):
+        raise RuntimeError("out of memory")
+
+    folder = held_out.files[0].path.parent
+    options = TrainOptions(dataset=folder, out=folder, device="cpu")
+    monkeypatch.setattr(calibrating, "observe_ranges", broken)
+    maps, said = raw_maps(bundle.model, held_out, options, Listener()), []
+    found = calibrate_precisions(bundle, held_out, maps, Scorer(bundle.model.geometry), options, said.append)
+    assert set(found.precisions) == set(cpu_precisions()) - {"int8"}
+    assert said == ["int8 is left out: RuntimeError: out of memory"]
+
+
+@needs_int8
 def test_the_check_on_another_machine_sees_what_differs_there(bundle, held_out):
     scorer = Scorer(bundle.model.geometry)
     engine = CpuEngine(bundle.model, precision="int8")

@@ -238,6 +238,22 @@ def test_mask_that_ignores_everything_is_said_before_training(options):
     assert notes.steps == []
 
 
+def test_a_region_beyond_the_mask_is_said_before_training(options):
+    spec = replace(options.preprocess, ignore=np.zeros((96, 96), bool), roi=FrameArea(500, 0, 50, 50))
+    with pytest.raises(TrainingError, match=r"x=500.* reaches beyond the frame of 96×96 px"):
+        train(replace(options, preprocess=spec))
+
+
+def test_a_bundle_is_not_written_among_the_images_but_in_a_folder_of_its_own(options, tmp_path):
+    parts = shutil.copytree(options.dataset, tmp_path / "parts")
+    options = replace(options, dataset=parts, steps=1)
+    with pytest.raises(DatasetError, match=r"holds images of the data set \(good_\d+\.png\)"):
+        train(replace(options, out=parts))
+    assert {path.suffix for path in parts.iterdir()} == {".png"}
+    digests = [train(replace(options, out=parts / "m", overwrite=True)).training["digests"] for _ in range(2)]
+    assert digests[0] == digests[1], "its own pictures are no data"
+
+
 def test_images_that_do_not_fit_the_region_are_named(options):
     spec = replace(options.preprocess, ignore=np.zeros((10, 10), bool))
     with pytest.raises(DatasetError, match=r"good_\d+\.png: .*ignore mask is 10×10"):

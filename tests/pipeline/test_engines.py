@@ -161,6 +161,19 @@ def test_ranges_are_the_largest_magnitudes_over_all_images(rng):
     assert ranges["difference.student"] == ranges["imitated"] == pytest.approx(max(hidden), rel=1e-4)
 
 
+@pytest.mark.parametrize("largest_in", ["anywhere", "the last tile"])
+def test_ranges_of_tiles_are_those_of_the_whole_image(largest_in, rng):
+    whole, tiled = Geometry(320, 384), Geometry(320, 384, tile_rows=2, tile_columns=2)
+    networks = seeded_model(geometry=whole)
+    image = random_image(rng, whole)
+    if largest_in == "the last tile":
+        image[:, -60:-20, -60:-20] *= 5  # what lies at the very edge no cell may see
+    model = model_of(networks)
+    wanted = observe_ranges(model, [image])
+    found = observe_ranges(replace(model, geometry=tiled), [image])
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
 def test_a_range_that_is_missing_is_an_error():
     with pytest.raises(KeyError):
         CpuEngine(model_of(seeded_model()), precision="int8")
