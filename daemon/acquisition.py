@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ GRAB_TIMEOUT_S = 0.1
 _REOPENS_AFTER_HANG = 5
 """A camera that hung still holds its device; when reopening fails so often, only a new process helps."""
 _WAITING_TRIGGERS = 64
+_DELIVERED_AT_MOST = 16
+"""Grabs before a camera is closed: more than a driver has buffers, and an end for one that never stops."""
 _WAITS_WHILE_STOPPING_S = 2.0
 """For a slot: a slow engine must not keep the daemon from ending."""
 
@@ -227,15 +229,28 @@ class Acquisition:
                 line.refuse_triggers("the camera is not triggered by command any more")
             replacement = self._next_camera()
             if replacement is not None:
+                self._take_what_has_come()
                 with self._driver():
                     self.camera.close()
                 self.camera = replacement
                 self._open()
+        self._take_what_has_come()
 
-    def _grab(self) -> list[Frame]:
+    def _take_what_has_come(self) -> None:
+        """Number what a camera has delivered by itself before it is closed, which throws that away."""
+        if not self.camera.live or self.camera.fires is not Fires.ITSELF:
+            return
+        with suppress(CameraError, EndOfStream):  # it is closed in any case
+            for _ in range(_DELIVERED_AT_MOST):
+                frames = self._grab(0.0)
+                if not frames:
+                    break
+                self._take_all(frames)
+
+    def _grab(self, timeout_s: float = GRAB_TIMEOUT_S) -> list[Frame]:
         with self._driver():
             self._line.ring.return_loans()
-            return self.camera.grab(GRAB_TIMEOUT_S)
+            return self.camera.grab(timeout_s)
 
     def _trigger_one(self) -> None:
         """Fire one trigger, numbered before it is fired, and wait for its frame."""

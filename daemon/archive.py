@@ -143,10 +143,15 @@ class Archive:
             if self._waiting and self._waiting_bytes + image.nbytes > _WAITING_BYTES:
                 self._failed("the disk is too slow for the images")
                 return
+            try:
+                copy = image.copy()
+            except MemoryError:
+                self._failed("no memory for a copy of the image")
+                return
             self._snapshots = []
             if capture is not None:
                 capture.begun += 1
-            self._waiting.append(_Copied(entry, inspection, image.copy(), capture, kept, snapshots))
+            self._waiting.append(_Copied(entry, inspection, copy, capture, kept, snapshots))
             self._waiting_bytes += image.nbytes
             self._changed.notify()
 

@@ -20,6 +20,7 @@ from daemon.tally import Tally, Totals
 from pipeline.inspection import Outcome
 
 _RATE_WINDOW_S = 5.0
+_RATE_WINDOW_PARTS = 4
 
 
 class Health:
@@ -79,12 +80,15 @@ class Health:
 
     def _camera(self, totals: Totals) -> CameraHealth:
         state, now_s = self._line.state, time.monotonic()
-        self._seen_at = [pair for pair in self._seen_at if now_s - pair[0] <= _RATE_WINDOW_S] or self._seen_at[-1:]
+        # On a slow line long enough for a few parts, or it would seem to stand still between two.
+        window_s = max(_RATE_WINDOW_S, _RATE_WINDOW_PARTS / (self._min_rate_fps or 1.0))
+        self._seen_at = [pair for pair in self._seen_at if now_s - pair[0] <= window_s] or self._seen_at[-1:]
         began_s, began = self._seen_at[0]
         self._seen_at.append((now_s, totals.seen))
         rate_ok = None
-        if self._min_rate_fps is not None and now_s - began_s > _RATE_WINDOW_S / 2:
-            rate_ok = (totals.seen - began) / (now_s - began_s) >= self._min_rate_fps
+        if self._min_rate_fps is not None and now_s - began_s > window_s / 2:
+            # The window may have begun just after a part.
+            rate_ok = (totals.seen - began + 1) / (now_s - began_s) >= self._min_rate_fps
         last = self._publishing.last_outcome
         return CameraHealth(
             **asdict(state),

@@ -30,6 +30,10 @@ _CHECKPOINT_BYTES, _LARGEST_LOG_BYTES = 8 << 20, 64 << 20
 """The write-ahead log is checkpointed beside the writer; if that never catches up with it, by the writer."""
 _TRIM_PERIOD_S = 1.0
 _TRIM_ROWS = 500
+_CLOCK_STEPPED_NS = 3600 * 10**9
+"""A wall clock that has moved this far against the time since the start says nothing about age any more."""
+MOST_UNWRITTEN = _WAITING + _BATCH
+"""Verdicts that are not in the file yet, and may still come into it."""
 _APPLICATION_ID = 0x494E5350  # "INSP", in the file's header
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS station (name TEXT NOT NULL, schema INTEGER NOT NULL);
@@ -103,6 +107,7 @@ class Journal:
         self._closing = False
         self._connection: sqlite3.Connection | None = None
         self._trimmed_s = self._shorten_s = 0.0
+        self._opened_ahead_ns = _wall_clock_ahead_ns()
         self._dirty = threading.Event()
         self.lagging = False
         """It could not take a verdict in time and has not caught up: nobody should wait for it."""
@@ -273,6 +278,8 @@ class Journal:
             return
         self._trimmed_s = now_s
         oldest_ns = time.time_ns() - int(self._retention.days * 86400e9)
+        if abs(_wall_clock_ahead_ns() - self._opened_ahead_ns) > _CLOCK_STEPPED_NS:
+            oldest_ns = 0  # nobody knows how old anything is
         pages, free, page_bytes = (
             connection.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("page_count", "freelist_count", "page_size")
@@ -321,6 +328,11 @@ class Journal:
         with contextlib.closing(sqlite3.connect(self.path, timeout=0.2, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+
+def _wall_clock_ahead_ns() -> int:
+    """Return how far the wall clock is ahead of the time since the start, sleep included."""
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def _fsync(path: Path) -> None:

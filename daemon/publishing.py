@@ -14,7 +14,7 @@ import structlog
 import zmq
 
 from daemon.events import EventKind, Events, Outbox
-from daemon.journal import Journal, Record
+from daemon.journal import MOST_UNWRITTEN, Journal, Record
 from daemon.keys import Right, Security
 from daemon.ledger import Entry, Ledger
 from daemon.messages import (
@@ -36,8 +36,8 @@ from pipeline.inspection import Inspection, Outcome, Reason
 _VERDICT_HIGH_WATER_MARK = 20_000
 """Messages kept for a subscriber that reads too slowly, before it loses the newest."""
 _MAP_HIGH_WATER_MARK = 4
-_RECENT = 4096
-"""Verdicts kept in memory, for replay where the journal could not take them."""
+_RECENT = MOST_UNWRITTEN
+"""Verdicts kept in memory, for replay where the journal could not take them, or has not yet."""
 _FAIR_WAIT_NS = 1_000_000
 """A journal that was given less time than this is not called slow."""
 _AT_ONCE = 32

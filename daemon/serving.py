@@ -45,6 +45,10 @@ _READ_WITHIN_S = 0.1
 _ANSWERED_WITHIN_S = 300.0
 """A snapshot of a line that stands still, a reload that hangs: nobody waits longer."""
 _REQUESTS_A_TURN = 64
+_ANSWERS_UNREAD = 2 * _REQUESTS_A_TURN
+"""Answers kept for a client that does not read them; what comes after them it never gets."""
+_PIECES_UNREAD = 4
+"""Pieces of a replay kept for a client that reads slowly; the others wait where they are."""
 
 
 class Refused(Exception):
@@ -111,10 +115,12 @@ class Serving:
         controls: Controls,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
-        options = {zmq.ROUTER_MANDATORY: 1}
-        self._wanted = (
-            Bound("control.endpoints", zmq.ROUTER, control, Right.CONTROL, options),
-            Bound("publish.replay", zmq.ROUTER, replay, Right.REPLAY, options),
+        self._wanted = tuple(
+            Bound(key, zmq.ROUTER, endpoints, right, {zmq.ROUTER_MANDATORY: 1, zmq.SNDHWM: most})
+            for key, endpoints, right, most in (
+                ("control.endpoints", control, Right.CONTROL, _ANSWERS_UNREAD),
+                ("publish.replay", replay, Right.REPLAY, _PIECES_UNREAD),
+            )
         )
         self._context = context
         self._security = security
@@ -219,6 +225,8 @@ class Serving:
         except BadRequest as error:
             self._reply(socket, route, Reply(id_of(body), ok=False, error=str(error)))
             return
+        # Who asks again has given up what he asked before.
+        self._streams = deque(stream for stream in self._streams if stream.route != route)
         if len(self._streams) >= _REPLAYS_AT_ONCE:
             self._reply(
                 socket, route, Reply(request.id, ok=False, error="too many replays at once; ask again later")

@@ -134,6 +134,24 @@ def test_a_good_result_that_came_too_late_belongs_to_a_reject_and_is_kept(setup)
     assert next((folder / "images").rglob("*.npy")).is_file()
 
 
+class NoRoom(np.ndarray):
+    def copy(self, *_args):
+        raise MemoryError
+
+
+def test_an_image_that_finds_no_memory_is_counted_and_leaves_captures_and_snapshots_waiting(setup):
+    make, judge, _ = setup
+    archive = make()
+    captured = archive.capture(1, "lamp")
+    snapshot = archive.snapshot()
+    judge(archive, OK, np.zeros((8, 8), np.uint8).view(NoRoom))
+    assert (archive.dropped, archive.error) == (1, "no memory for a copy of the image")
+    judge(archive, OK)
+    assert snapshot.result(60) is not None
+    wait_for(lambda: archive.capture_progress["taken"] == 1)
+    assert len(list(captured.iterdir())) > 0
+
+
 def test_every_nth_good_part_is_kept_where_wanted(setup):
     make, judge, folder = setup
     archive = make(every_ok=3)

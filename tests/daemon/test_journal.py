@@ -203,6 +203,23 @@ def test_old_verdicts_are_deleted_by_age(journal):
     assert numbers(made.path) == list(range(1501, 2001))
 
 
+def test_a_step_of_the_clock_makes_no_verdict_old(journal, monkeypatch):
+    """A clock without a battery stands in the past until somebody sets it."""
+    true_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: true_ns() - 4 * 86400 * 10**9)
+    made = journal(retention=Retention(days=1, largest_bytes=1 << 40))
+    made.start()
+    for n in range(1, 1001):
+        made.submit(record(n, time_ns=time.time_ns()))
+    wait_for(lambda: made.written == 1000)
+    monkeypatch.setattr(time, "time_ns", true_ns)
+    with contextlib.closing(sqlite3.connect(made.path)) as connection:
+        made._trimmed_s = -1e9
+        made._trim(connection)
+        connection.commit()
+    assert numbers(made.path) == list(range(1, 1001))
+
+
 def test_old_verdicts_are_deleted_by_size(journal):
     made = journal(retention=Retention(days=1e5, largest_bytes=4 << 20))
     made.start()

@@ -5,11 +5,14 @@ import subprocess
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from daemon.acquisition import CameraState
 from daemon.channels import Channel, Closed
+from daemon.health import Health
 from daemon.messages import frame_message, map_bytes, rfc3339
 from daemon.ring import FrameRing
 from daemon.sequence import SequenceFile, StateError
@@ -335,3 +338,20 @@ def test_a_daemon_whose_log_nobody_reads_can_end_with_an_error():
     )
     assert done.returncode == 1
     assert "inspectord: the last words" in done.stderr.splitlines()
+
+
+def test_a_slow_line_does_not_seem_to_stand_still_between_two_parts(monkeypatch):
+    now_s = 1000.0
+    monkeypatch.setattr("daemon.health.time.monotonic", lambda: now_s)
+    line = SimpleNamespace(state=CameraState(connected=True), paused=threading.Event())
+    config = SimpleNamespace(station="s", supervision=SimpleNamespace(min_rate_fps=0.1))
+    health = Health(config, "b", Tally(), line, SimpleNamespace(last_outcome=None), None, None, None)
+
+    def rate_ok(at_s, seen):
+        nonlocal now_s
+        now_s = 1000.0 + at_s
+        return health._camera(SimpleNamespace(seen=seen)).rate_ok
+
+    a_part_in_8_s = [rate_ok(second, second // 8) for second in range(1, 200)]
+    assert set(a_part_in_8_s[20:]) == {True}
+    assert rate_ok(239, 25) is False, "nothing came for 40 s"

@@ -57,6 +57,12 @@ def test_whatever_comes_in_is_a_request_or_a_bad_request(body):
     assert len(id_of(body)) <= 128
 
 
+def test_a_name_that_becomes_a_folder_has_no_line_break():
+    assert read_command(b'{"command":"capture","count":3,"name":"x"}').name == "x"
+    with pytest.raises(BadRequest):
+        read_command(b'{"command":"capture","count":3,"name":"x\\n"}')
+
+
 # Keys
 
 

@@ -428,6 +428,38 @@ def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny
     assert all(verdict == known[verdict["sequence"]] for verdict in heard["verdict"]), "sent as it was journaled"
 
 
+def test_what_the_camera_has_delivered_is_judged_before_it_is_closed(tiny_bundle, tmp_path):
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+
+    class Backlog(SyntheticCamera):
+        """Three parts came while the daemon was about to stop."""
+
+        live = True
+        left = 3
+
+        def grab(self, timeout_s):
+            if self.left == 3:
+                station.stop()
+                assert station._line.stop.wait(60)
+            if not self.left:
+                return []
+            self.left -= 1
+            return super().grab(60)
+
+    config = StationConfig(
+        station="backlog",
+        camera=SyntheticOptions(width=96, height=96),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[endpoint]),
+        verdict=VerdictConfig(deadline_ms=20_000),
+        state_dir=tmp_path,
+    )
+    station = Station(config, camera_for=lambda settings: Backlog(settings.camera))
+    heard, summary = run_and_listen(station, endpoint)
+    assert [(v["sequence"], v["reason"]) for v in heard["verdict"]] == [(1, None), (2, None), (3, None)]
+    assert (summary.totals.seen, summary.totals.in_flight) == (3, 0)
+
+
 class DeafCamera(StubbornCamera):
     """A driver that never comes back from opening its camera."""
 
