@@ -32,6 +32,8 @@ class EventKind(StrEnum):
     """The journal cannot take verdicts in time, or can again."""
     IMAGES = "images"
     """Images cannot be kept, or can again."""
+    STATE = "state"
+    """The numbers cannot be copied into the state folder, or can again."""
     RELOAD = "reload"
     """A new configuration was taken or refused."""
     CONTROL = "control"

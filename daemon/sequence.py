@@ -5,15 +5,21 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import secrets
 import struct
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_MAGIC = b"INSPSEQ1"
-_LAYOUT = struct.Struct("<8sQQ")
+_MEMORY = Path("/dev/shm")
+_MAGIC, _FIRST_MAGIC = b"INSPSEQ2", b"INSPSEQ1"
+_LAYOUT, _FIRST_LAYOUT = struct.Struct("<8sQQQ"), struct.Struct("<8sQQ")
+"""Magic, last number given out, last one with a verdict, name of the file in memory; at first without the name."""
 _GRABBED_AT, _PUBLISHED_AT = 8, 16
 _NUMBER = struct.Struct("<Q")
+_COPY_PERIOD_S = 0.05
 
 
 class StateError(Exception):
@@ -21,14 +27,23 @@ class StateError(Exception):
 
 
 class SequenceFile:
-    """Two counters in a memory-mapped file: the last number given out, and the last one with a verdict.
+    """Two counters: the last number given out, and the last one with a verdict.
 
-    A write is a store to memory that belongs to the operating system, so it survives kill -9. It is flushed
-    to the disk when the daemon ends; after a power cut numbers may repeat, under another boot id.
+    A write is a store to a page of a file in memory. It survives kill -9, and no disk can delay it: a store to a
+    page of a file on a disk stops the whole process while that disk's filesystem stands still. A thread copies the
+    counters into the state folder, which counts after the machine has been restarted; after a power cut numbers may
+    repeat, under another boot id.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open or create the file and lock it. Raises StateError."""
+    def __init__(self, folder: Path, report: Callable[[str | None], None] = lambda _error: None) -> None:
+        """Open or create the file and lock it.
+
+        Args:
+            folder: the station's own.
+            report: told why the counters cannot be copied into the folder; None: they can again.
+
+        Raises StateError.
+        """
         path = folder / "sequence"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -37,9 +52,10 @@ class SequenceFile:
             raise StateError(f"{path}: {error.strerror}; set state_dir to a writable folder") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._fd).st_size == 0:
-                os.pwrite(self._fd, _LAYOUT.pack(_MAGIC, 0, 0), 0)
-            self._map = mmap.mmap(self._fd, _LAYOUT.size)
+            self.grabbed, self.published, self._name = _read(self._fd)
+            self._copy()
+            self._memory: Path | None = _MEMORY / f"inspectord-{self._name:016x}"
+            self._map = self._map_memory(self._memory)
         except BlockingIOError as error:
             os.close(self._fd)
             raise StateError(
@@ -50,11 +66,11 @@ class SequenceFile:
             raise StateError(
                 f"{path}: {error}; delete it to count on from the journal (from 1 without one)"
             ) from error
-        magic, grabbed, published = _LAYOUT.unpack_from(self._map)
-        self.grabbed, self.published = int(grabbed), int(published)
-        if magic != _MAGIC or self.published > self.grabbed:
-            self.close()
-            raise StateError(f"{path} is damaged; delete it to count on from the journal")
+        self._report = report
+        self._failing = False
+        self._closing = threading.Event()
+        self._copier = threading.Thread(target=self._keep_copied, name="sequence", daemon=True)
+        self._copier.start()
 
     def next(self) -> int:
         """Give out the next number; it is remembered before anyone sees it. Not for two threads at once."""
@@ -80,12 +96,19 @@ class SequenceFile:
         return range(self.published + 1, self.grabbed + 1)
 
     def close(self) -> None:
-        """Flush to the disk and unlock."""
+        """Copy, flush to the disk and unlock. Raises OSError when the disk refuses; memory then has the numbers."""
         if self._map.closed:
             return
-        self._map.flush()
+        self._closing.set()
+        self._copier.join()
         self._map.close()
-        os.close(self._fd)
+        try:
+            self._copy()
+            os.fsync(self._fd)
+            if self._memory is not None:
+                self._memory.unlink(missing_ok=True)
+        finally:
+            os.close(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -94,3 +117,61 @@ class SequenceFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _map_memory(self, path: Path) -> mmap.mmap:
+        """Map the counters' page, and take over what an earlier run has left there."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError:  # no such filesystem: the page of the state folder's own file will do
+            self._memory = None
+            return mmap.mmap(self._fd, _LAYOUT.size)
+        try:
+            if os.fstat(fd).st_size:
+                grabbed, published, _ = _read(fd)
+                self.grabbed, self.published = max(self.grabbed, grabbed), max(self.published, published)
+            os.pwrite(fd, self._counters(), 0)  # memory that is full is an error here, and a fatal signal later
+            return mmap.mmap(fd, _LAYOUT.size)
+        finally:
+            os.close(fd)
+
+    def _keep_copied(self) -> None:
+        copied = None
+        while not self._closing.wait(_COPY_PERIOD_S):
+            now = (self.grabbed, self.published)
+            if now == copied:
+                continue
+            try:
+                self._copy()
+            except OSError as error:
+                if not self._failing:
+                    self._report(str(error))
+                self._failing = True
+                continue
+            copied = now
+            if self._failing:
+                self._report(None)
+            self._failing = False
+
+    def _copy(self) -> None:
+        os.pwrite(self._fd, self._counters(), 0)
+
+    def _counters(self) -> bytes:
+        published = self.published  # first: it must not be ahead of the other
+        return _LAYOUT.pack(_MAGIC, self.grabbed, published, self._name)
+
+
+def _read(fd: int) -> tuple[int, int, int]:
+    """Return both counters and the name. Raises OSError, or ValueError when the file is damaged."""
+    data = os.pread(fd, _LAYOUT.size + 1, 0)
+    name = secrets.randbits(64)
+    if not data:
+        return 0, 0, name
+    if len(data) == _FIRST_LAYOUT.size and data.startswith(_FIRST_MAGIC):
+        _, grabbed, published = _FIRST_LAYOUT.unpack(data)
+    elif len(data) == _LAYOUT.size and data.startswith(_MAGIC):
+        _, grabbed, published, name = _LAYOUT.unpack(data)
+    else:
+        raise ValueError("it is damaged")
+    if published > grabbed:
+        raise ValueError("it is damaged")
+    return grabbed, published, name

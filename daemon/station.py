@@ -139,7 +139,7 @@ class Station:
         Raises BundleError, EngineUnavailable, EndpointError or StateError when the station cannot start, and
         StationFailed when it cannot go on.
         """
-        with SequenceFile(self._config.state_folder()) as sequences:
+        with SequenceFile(self._config.state_folder(), self._tell_of_numbers) as sequences:
             context = zmq.Context()
             try:
                 self._security.start(context)
@@ -150,6 +150,13 @@ class Station:
                 # A thread that hangs still has its sockets; the end of the process closes them.
                 if not any(worker.is_alive() for name, worker in self._workers.items() if name in _OWN_SOCKETS):
                     context.term()
+
+    def _tell_of_numbers(self, error: str | None) -> None:
+        if error is None:
+            self.events.say(EventKind.STATE, "numbers are copied into the state folder again", level="info")
+        else:
+            told = "numbers cannot be copied into the state folder; memory keeps them until the machine restarts"
+            self.events.say(EventKind.STATE, told, error=error)
 
     def _run(self, sequences: SequenceFile, context: Context) -> Summary:
         config = self._config

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import queue
+import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -10,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from daemon import sequence
 from daemon.acquisition import CameraState
 from daemon.channels import Channel, Closed
 from daemon.health import Health
@@ -44,6 +49,124 @@ def test_numbers_survive_kill_9_and_those_without_a_verdict_are_known(tmp_path):
     with SequenceFile(tmp_path) as numbers:
         assert list(numbers.without_verdict()) == [5, 6, 7]
         assert numbers.next() == 8
+
+
+COUNT_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from daemon import sequence
+folder, sequence._MEMORY, copied = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "copied"
+numbers = sequence.SequenceFile(folder)
+for _ in range(7):
+    numbers.next()
+numbers.mark_published(4)
+with open(folder / "sequence", "rb") as file:
+    while copied and sequence._read(file.fileno())[:2] != (7, 4):
+        pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("memory", "copied", "memory_after"),
+    [
+        pytest.param("", "", "", id="no such filesystem"),
+        pytest.param("memory", "", "memory", id="the daemon is started again"),
+        pytest.param("memory", "copied", "after", id="the machine is started again"),
+    ],
+)
+def test_numbers_are_found_again(tmp_path, monkeypatch, memory, copied, memory_after):
+    for name in ("memory", "after"):
+        (tmp_path / name).mkdir()
+    folders = [tmp_path / "state", tmp_path / (memory or "none")]
+    died = subprocess.run([sys.executable, "-c", COUNT_AND_DIE, *map(str, folders), copied], check=False)
+    assert died.returncode == -9
+    monkeypatch.setattr(sequence, "_MEMORY", tmp_path / (memory_after or "none"))
+    with SequenceFile(tmp_path / "state") as numbers:
+        assert list(numbers.without_verdict()) == [5, 6, 7]
+        assert numbers.next() == 8
+    left = list((tmp_path / memory_after).glob("inspectord-*")) if memory_after else []
+    assert left == [], "nothing stays in memory after an orderly end"
+
+
+def test_a_state_file_of_the_first_version_is_taken_over(tmp_path):
+    (tmp_path / "sequence").write_bytes(b"INSPSEQ1" + struct.pack("<QQ", 12, 10))
+    for given in (13, 14):
+        with SequenceFile(tmp_path) as numbers:
+            assert list(numbers.without_verdict()) == list(range(11, given))
+            assert numbers.next() == given
+
+
+def test_a_deleted_state_file_makes_no_number_of_another_life_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(sequence, "_MEMORY", tmp_path)
+    folders = [tmp_path / "state", tmp_path]
+    subprocess.run([sys.executable, "-c", COUNT_AND_DIE, *map(str, folders), "copied"], check=False)
+    (tmp_path / "state" / "sequence").unlink()
+    with SequenceFile(tmp_path / "state") as numbers:
+        assert numbers.next() == 1
+
+
+def test_numbers_that_cannot_be_copied_are_told_of_once(tmp_path, monkeypatch):
+    write, said, broken = os.pwrite, queue.SimpleQueue(), threading.Event()
+
+    def failing(fd, data, offset):
+        if broken.is_set():
+            raise OSError(5, "Input/output error")
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    with SequenceFile(tmp_path, said.put) as numbers:
+        broken.set()
+        numbers.next()
+        assert "Input/output error" in said.get(timeout=60)
+        numbers.next()
+        broken.clear()
+        assert said.get(timeout=60) is None
+        assert numbers.next() == 3
+    assert said.empty()
+
+
+@pytest.fixture
+def frozen(tmp_path):
+    """A folder on a filesystem of its own, and what freezes it."""
+    disk, folder = tmp_path / "disk", tmp_path / "mounted"
+    folder.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(32 << 20)
+    for command in (["mkfs.ext4", "-q", "-F", disk], ["mount", "-o", "loop", disk, folder]):
+        if shutil.which(command[0]) is None or subprocess.run(command, check=False).returncode != 0:
+            pytest.skip(f"{command[0]} is not possible here: it needs root and a loop device")
+    try:
+        yield folder, lambda: subprocess.run(["fsfreeze", "-f", folder], check=True)
+    finally:
+        subprocess.run(["fsfreeze", "-u", folder], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_stands_still_delays_no_number(frozen):
+    folder, freeze = frozen
+    code = (
+        "import sys; from pathlib import Path; from daemon.sequence import SequenceFile\n"
+        "s = SequenceFile(Path(sys.argv[1])); print(s.next(), flush=True)\n"
+        "for _ in sys.stdin: print(s.next(), flush=True); s.mark_published(s.grabbed)\n"
+        "s.close()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as counting:
+        lines = queue.SimpleQueue()
+        threading.Thread(target=lambda: [lines.put(line) for line in counting.stdout], daemon=True).start()
+        assert lines.get(timeout=60) == "1\n"
+        freeze()
+        try:
+            for number in (2, 3, 4):
+                counting.stdin.write("next\n")
+                counting.stdin.flush()
+                assert lines.get(timeout=60) == f"{number}\n"
+        finally:
+            subprocess.run(["fsfreeze", "-u", folder], check=True)
+        counting.stdin.close()
+        assert counting.wait(60) == 0
 
 
 def test_the_journal_may_know_of_later_verdicts_than_the_file(tmp_path):
