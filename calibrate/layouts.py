@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,6 +23,9 @@ from pipeline.bundle import MANIFEST, is_bundle
 GOOD = "good"
 _MTD_GOOD = "MT_Free"
 _MTD_TRAIN_SHARE = 0.7
+_MTD_NAME = re.compile(r"exp(\d+)_num_(\d+)")
+_MTD_NEXT_EXPOSURE = 60
+"""Numbers of a tile's consecutive photographs are nearer than this."""
 _VISA_SPLIT = Path("split_csv") / "1cls.csv"
 REPORT_PAGE = "report.html"
 REPORT_MARK = b'<meta name="generator" content="inspectord">'
@@ -154,7 +159,7 @@ def training_files(dataset: Path) -> TrainingFiles:
     elif layout is Layout.VISA:
         good = [ImageFile(row.name, row.image) for row in _visa_rows(dataset) if row.train]
     elif layout is Layout.MTD:
-        good = [file for file in _mtd_files(dataset, _MTD_GOOD) if _mtd_trains(file)]
+        good, _ = _mtd_good(dataset)
     else:
         good = _files(dataset / GOOD if layout is Layout.FOLDERS else dataset)
     return TrainingFiles(layout, good, validation)
@@ -350,14 +355,32 @@ def _mtd_files(dataset: Path, kind: str) -> list[ImageFile]:
     return [ImageFile(f"{kind}/{name}", path) for name, path in list_images(folder) if path.suffix != ".png"]
 
 
-def _mtd_trains(file: ImageFile) -> bool:
-    """MTD has no split of its own: 70% of its good images, by their names, are for training."""
-    first = hashlib.sha256(file.path.name.encode()).digest()[0]
-    return first < _MTD_TRAIN_SHARE * 256
+def _mtd_good(dataset: Path) -> tuple[list[ImageFile], list[ImageFile]]:
+    """Split MTD's good images, for it has no split of its own: those of 70% of the tiles are for training.
+
+    A tile was photographed at up to six exposures, one soon after the other: expEXPOSURE_num_NUMBER.jpg.
+    """
+    named = [(_MTD_NAME.fullmatch(file.path.stem), file) for file in _mtd_files(dataset, _MTD_GOOD)]
+    numbered = sorted((int(name[2]), int(name[1]), file) for name, file in named if name is not None)
+    tiles = [[file] for name, file in named if name is None]
+    seen: set[int] = set()
+    last = -math.inf
+    for number, exposure, file in numbered:
+        if exposure in seen or number - last > _MTD_NEXT_EXPOSURE:
+            tiles.append([])
+            seen = set()
+        tiles[-1].append(file)
+        seen.add(exposure)
+        last = number
+    sides: tuple[list[ImageFile], list[ImageFile]] = ([], [])
+    for tile in tiles:
+        first = hashlib.sha256(tile[0].path.name.encode()).digest()[0]
+        sides[first >= _MTD_TRAIN_SHARE * 256].extend(tile)
+    return sides
 
 
 def _mtd_test(dataset: Path) -> list[TestImage]:
-    images = [TestImage(file, GOOD) for file in _mtd_files(dataset, _MTD_GOOD) if not _mtd_trains(file)]
+    images = [TestImage(file, GOOD) for file in _mtd_good(dataset)[1]]
     for folder in sorted(dataset.glob("MT_*")):
         if folder.is_dir() and folder.name != _MTD_GOOD:
             kind = folder.name.removeprefix("MT_").lower()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -150,6 +151,21 @@ def test_mtd(tmp_path):
     assert not train & test
     assert 20 <= len(train) <= 36
     assert [(i.kind, i.masks[0].name) for i in found.images if i.kind != "good"] == [("crack", "exp1.png")]
+
+
+def test_photographs_of_one_tile_of_mtd_stay_on_one_side(tmp_path):
+    mtd(tmp_path)
+    tiles = [[(e, 1000 * tile + 15 * e) for e in range(1, 2 + tile % 6)] for tile in range(60)]
+    tiles += [[(3, 100_000)], [(3, 100_020)], [(1, 100_200), (2, 100_220)]]  # a second tile; a third after a while
+    for exposure, number in itertools.chain(*tiles):
+        image(tmp_path / f"MT_Free/Imgs/exp{exposure}_num_{number}.jpg")
+    train = {f.path.stem for f in training_files(tmp_path).good}
+    test = {i.file.path.stem for i in load_test_set(tmp_path).images if i.kind == "good"}
+    assert len(train | test) == 40 + sum(map(len, tiles))
+    assert not train & test
+    sides = [{f"exp{e}_num_{n}" in train for e, n in tile} for tile in tiles]
+    assert all(len(side) == 1 for side in sides)
+    assert 30 < sum(map(sum, sides)) < 56
 
 
 def folders(root):
