@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.layouts import DatasetError
+from pipeline.bundle import Bundle
 from pipeline.engine import RawMaps
 from pipeline.relative import LevelRange
 from pipeline.scoring import FloatMap, Quantiles, Scorer
@@ -125,3 +126,13 @@ def choose_threshold(scores: NDArray[np.float64], false_reject_rate: float) -> T
     n = len(scores)
     k = min(n, math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9))
     return Threshold(float(np.sort(scores)[k - 1]), (n + 1 - k) / (n + 1), n)
+
+
+def promised_false_reject_rate(bundle: Bundle) -> str:
+    """Say which false-reject rate a bundle's threshold gives, on average over parts like the held-out ones.
+
+    With both branches the quantiles that weigh one against the other come from the same held-out images as the
+    threshold, which makes the bound an approximation; with one they only stretch the scores.
+    """
+    word = "at most" if bundle.quantiles.ae_a is None else "about"
+    return f"{word} {bundle.calibration['false_reject_bound']:.2%}"

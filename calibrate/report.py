@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from calibrate.evaluate import NOT_SHOWN, Evaluation, ScoredImage, declared_format, read_pixels
 from calibrate.layouts import GOOD, REPORT_PAGE, read_defects
 from calibrate.metrics import PRO_LIMIT, Rate
+from calibrate.normalize import promised_false_reject_rate
 from drivers.frame import Image, PixelFormat
 from drivers.replay import read_image
 from pipeline.bundle import Bundle, write_atomically
@@ -100,11 +101,10 @@ class TrainingRecord:
 
 def write_training_report(record: TrainingRecord, bundle: Bundle, folder: Path) -> Path:
     """Write what training knows of its own outcome: losses, held-out scores, the most unusual good parts."""
-    bound = bundle.calibration["false_reject_bound"]
     rows = [
         ("Held-out good images", str(len(record.held_out_scores)), ""),
         ("Threshold", f"{bundle.threshold:.4f}", "parts above it are NG"),
-        ("Expected false-reject rate", f"at most {bound:.2%}", "for parts like the held-out ones"),
+        ("Expected false-reject rate", promised_false_reject_rate(bundle), "for parts like the held-out ones"),
         ("Defects", "not measured", "training sees good parts only: run inspectord evaluate"),
     ]
     scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())

@@ -150,6 +150,7 @@ def train(
             overwrite=overwrite,
         )
         # Only now: PyTorch, statistics and plots take seconds to load, and a wrong option should be said at once.
+        from calibrate.normalize import promised_false_reject_rate
         from calibrate.train import train as train_bundle
 
         with ConsoleListener() as listener:
@@ -158,7 +159,7 @@ def train(
         typer.echo(
             f"{out}: model {bundle.model_id}, calibration {bundle.calibration_id}\n"
             f"threshold {bundle.threshold:.4f} from {bundle.calibration['held_out_images']} held-out images; "
-            f"expected false-reject rate at most {bound:.2%}"
+            f"expected false-reject rate {promised_false_reject_rate(bundle)}"
         )
         if bound > false_reject_rate:
             needed = round(1 / false_reject_rate)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ import torch
 from calibrate.augment import augment, natural_image
 from calibrate.dataset import ImageCache, PreparedImages
 from calibrate.layouts import DatasetError, ImageFile
-from calibrate.normalize import choose_threshold, level_ranges, map_quantiles, ranges_in, score_maps
+from calibrate.normalize import (
+    choose_threshold,
+    level_ranges,
+    map_quantiles,
+    promised_false_reject_rate,
+    ranges_in,
+    score_maps,
+)
 from calibrate.teacher import channel_statistics, random_teacher, teacher_features
 from drivers.replay import list_images
 from pipeline.engine import RawMaps
@@ -175,3 +183,15 @@ def test_natural_images_are_enlarged_cropped_and_sometimes_grey(rng):
     grey = natural_image(picture, 32, 24, FixedDraw(0, 0, grey=0.1))
     grey_shades = grey * reference.STD[:, None, None] + reference.MEAN[:, None, None]
     assert np.abs(grey_shades - grey_shades[:1]).max() < 1e-5
+
+
+def test_a_bound_is_promised_only_where_it_is_one():
+    """Two maps that one held-out image weighs: a new image's mean of both is above its own more often than not."""
+    rng = np.random.default_rng(0)
+    held_out, new = np.exp(rng.normal(0, 0.5, (2, 20_000, 2)))
+    relative = new / held_out
+    assert (relative[:, 0] > 1).mean() == pytest.approx(0.5, abs=0.02)
+    assert (relative.mean(axis=1) > 1).mean() > 0.55
+    for ae_a, promised in ((None, "at most 1.64%"), (0.1, "about 1.64%")):
+        bundle = SimpleNamespace(quantiles=SimpleNamespace(ae_a=ae_a), calibration={"false_reject_bound": 1 / 61})
+        assert promised_false_reject_rate(bundle) == promised
