@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from drivers.synthetic import PartRenderer, SyntheticOptions
-from pipeline.networks import pdn
+from pipeline.geometry import Geometry
+from pipeline.networks import EfficientAD, pdn
+from tests.calibrate.test_foreign import anomalib_names
 
 
 def inspectord(*arguments, code=0):
@@ -90,6 +92,17 @@ def test_import_of_a_whole_model_asks_for_good_images(tmp_path):
     for part in ("teacher", "student", "autoencoder"):
         torch.save(pdn("small", 384, padded=False).state_dict(), tmp_path / f"{part}_final.pth")
     assert "add --good DIR" in inspectord("import", tmp_path, "-o", tmp_path / "m", code=2)
+
+
+def test_import_keeps_all_good_images_but_one_for_the_threshold_where_nothing_else_needs_them(good_parts, tmp_path):
+    torch.manual_seed(0)
+    model = EfficientAD("small", Geometry(256, 256)).eval()
+    torch.save({"state_dict": anomalib_names(model)}, tmp_path / "m.ckpt")
+    images = len(list(good_parts.glob("*.png")))
+    arguments = ("import", tmp_path / "m.ckpt", "--good", good_parts, "-o")
+    said = inspectord(*arguments, tmp_path / "most")
+    assert f"the threshold comes from {images - 1} good images; it is too low if the model was trained on" in said
+    assert f"from {images // 4} held-out images" in inspectord(*arguments, tmp_path / "few", "--held-out", 0.25)
 
 
 def test_fetch_a_teacher_from_a_file_address(tmp_path):
