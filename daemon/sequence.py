@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import mmap
 import os
 import secrets
@@ -16,7 +17,7 @@ from typing import Self
 _MEMORY = Path("/dev/shm")
 _MAGIC, _FIRST_MAGIC = b"INSPSEQ2", b"INSPSEQ1"
 _LAYOUT, _FIRST_LAYOUT = struct.Struct("<8sQQQ"), struct.Struct("<8sQQ")
-"""Magic, last number given out, last one with a verdict, name of the file in memory; at first without the name."""
+"""Magic, last number given out, last one with a verdict, random name of this file; at first without the name."""
 _GRABBED_AT, _PUBLISHED_AT = 8, 16
 _NUMBER = struct.Struct("<Q")
 _COPY_PERIOD_S = 0.05
@@ -54,7 +55,9 @@ class SequenceFile:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.grabbed, self.published, self._name = _read(self._fd)
             self._copy()
-            self._memory: Path | None = _MEMORY / f"inspectord-{self._name:016x}"
+            # By the folder, too: a copy of it is another station's.
+            own = hashlib.blake2b(f"{self._name} {folder.resolve()}".encode(), digest_size=8).hexdigest()
+            self._memory: Path | None = _MEMORY / f"inspectord-{own}"
             self._map = self._map_memory(self._memory)
         except BlockingIOError as error:
             os.close(self._fd)

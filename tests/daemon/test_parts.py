@@ -97,6 +97,19 @@ def test_a_state_file_of_the_first_version_is_taken_over(tmp_path):
             assert numbers.next() == given
 
 
+def test_a_copied_state_folder_is_another_stations(tmp_path, monkeypatch):
+    monkeypatch.setattr(sequence, "_MEMORY", tmp_path)
+    died = subprocess.run([sys.executable, "-c", COUNT_AND_DIE, tmp_path / "a", tmp_path, ""], check=False)
+    assert died.returncode == -9
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with SequenceFile(tmp_path / "b") as copied:
+        copied.at_least(100)
+        with SequenceFile(tmp_path / "a") as numbers:
+            assert list(numbers.without_verdict()) == [5, 6, 7]
+            assert numbers.next() == 8
+        assert copied.next() == 101
+
+
 def test_a_deleted_state_file_makes_no_number_of_another_life_come_back(tmp_path, monkeypatch):
     monkeypatch.setattr(sequence, "_MEMORY", tmp_path)
     folders = [tmp_path / "state", tmp_path]
