@@ -8,7 +8,6 @@ import torch
 
 from calibrate.dataset import PreparedImages
 from calibrate.foreign import ForeignModel, ImportFailed
-from calibrate.layouts import refuse_among_images
 from calibrate.listener import Listener
 from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
@@ -58,7 +57,6 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
     listener = listener or Listener()
     cache = image_cache(options)
     good = good_images(options, cache, listener)
-    refuse_among_images(options.out, good.train + good.held_out)
     listener.say(
         f"the threshold comes from {len(good.held_out)} good images; it is too low if the model was trained on them"
     )

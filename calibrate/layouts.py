@@ -56,19 +56,6 @@ class ImageFile(NamedTuple):
     path: Path
 
 
-def refuse_among_images(folder: Path, files: Iterable[ImageFile]) -> None:
-    """Refuse to write a bundle or a report among a data set's images: they would not be found there any more.
-
-    Raises DatasetError.
-    """
-    inside = folder.resolve()
-    for file in files:
-        if inside in file.path.resolve().parents:
-            raise DatasetError(
-                f"{folder.absolute()} holds images of the data set ({file.name}); write to a folder of its own"
-            )
-
-
 class TestImage(NamedTuple):
     """One image of a test set with what is known of it."""
 
@@ -139,6 +126,19 @@ def _refuse_a_folder_of_data_sets(folder: Path) -> None:
             raise DatasetError(
                 f"{folder}: looks like several data sets or a part of one (it holds {path.relative_to(folder)}); "
                 "name one data set, or a folder with nothing but good images"
+            )
+
+
+def refuse_among_images(folder: Path, files: Iterable[ImageFile]) -> None:
+    """Refuse to write a bundle or a report among a data set's images: they would not be found there any more.
+
+    Raises DatasetError.
+    """
+    inside = folder.resolve()
+    for file in files:
+        if inside in file.path.resolve().parents:
+            raise DatasetError(
+                f"{folder.absolute()} holds images of the data set ({file.name}); write to a folder of its own"
             )
 
 

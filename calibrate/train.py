@@ -101,7 +101,6 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         )
     cache = image_cache(options)
     good = good_images(options, cache, listener)
-    refuse_among_images(options.out, good.train + good.held_out)
     held_out = PreparedImages(good.held_out, cache)
     _tell_of_images(good, listener)
     teacher = find_teacher(options.teacher, options.size, options.seed)
@@ -408,7 +407,7 @@ def image_cache(options: TrainOptions) -> ImageCache:
 
 
 def good_images(options: TrainOptions, cache: ImageCache, listener: Listener) -> GoodImages:
-    """Load the good images of a run, each checked against its preprocessing.
+    """Load the good images of a run, each checked against its preprocessing, none where the run writes.
 
     Raises DatasetError or TrainingStopped.
     """
@@ -417,7 +416,9 @@ def good_images(options: TrainOptions, cache: ImageCache, listener: Listener) ->
         listener.go_on("while reading the images")
         return cache.add(file, image)
 
-    return load_good_images(options.dataset, options.held_out_share, options.seed, fit)
+    good = load_good_images(options.dataset, options.held_out_share, options.seed, fit)
+    refuse_among_images(options.out, good.train + good.held_out)
+    return good
 
 
 def _tell_of_images(good: GoodImages, listener: Listener) -> None:

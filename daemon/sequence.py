@@ -70,7 +70,6 @@ class SequenceFile:
                 f"{path}: {error}; delete it to count on from the journal (from 1 without one)"
             ) from error
         self._report = report
-        self._failing = False
         self._closing = threading.Event()
         self._copier = threading.Thread(target=self._keep_copied, name="sequence", daemon=True)
         self._copier.start()
@@ -138,7 +137,7 @@ class SequenceFile:
             os.close(fd)
 
     def _keep_copied(self) -> None:
-        copied = None
+        copied, failing = None, False
         while not self._closing.wait(_COPY_PERIOD_S):
             now = (self.grabbed, self.published)
             if now == copied:
@@ -146,14 +145,13 @@ class SequenceFile:
             try:
                 self._copy()
             except OSError as error:
-                if not self._failing:
+                if not failing:
                     self._report(str(error))
-                self._failing = True
+                failing = True
                 continue
-            copied = now
-            if self._failing:
+            if failing:
                 self._report(None)
-            self._failing = False
+            copied, failing = now, False
 
     def _copy(self) -> None:
         os.pwrite(self._fd, self._counters(), 0)

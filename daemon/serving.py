@@ -115,12 +115,12 @@ class Serving:
         controls: Controls,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
-        self._wanted = tuple(
-            Bound(key, zmq.ROUTER, endpoints, right, {zmq.ROUTER_MANDATORY: 1, zmq.SNDHWM: most})
-            for key, endpoints, right, most in (
-                ("control.endpoints", control, Right.CONTROL, _ANSWERS_UNREAD),
-                ("publish.replay", replay, Right.REPLAY, _PIECES_UNREAD),
-            )
+        answers, pieces = (
+            {zmq.ROUTER_MANDATORY: 1, zmq.SNDHWM: most} for most in (_ANSWERS_UNREAD, _PIECES_UNREAD)
+        )
+        self._wanted = (
+            Bound("control.endpoints", zmq.ROUTER, control, Right.CONTROL, answers),
+            Bound("publish.replay", zmq.ROUTER, replay, Right.REPLAY, pieces),
         )
         self._context = context
         self._security = security

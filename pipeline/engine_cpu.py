@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
 from pipeline.engine import Precision, Prepared, RawMaps
 from pipeline.folded import fold
-from pipeline.geometry import Geometry
+from pipeline.geometry import Tile
 from pipeline.openvino_graph import Part, Ranges, build_graph, build_observer
 from pipeline.preprocess import Preprocessor
 from pipeline.scoring import FloatMap
@@ -22,8 +22,6 @@ from pipeline.scoring import FloatMap
 CORE = ov.Core()
 """The only one of the process. Where the processor has AMX, each gives its thread a stack for signals; when two do
 not end in the reverse order of their making, one is left that is no longer there: the next Ctrl-C is a crash."""
-_Run = Callable[..., list[NDArray[np.float32]]]
-"""One part of the networks: arrays in, arrays out."""
 _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 
 
@@ -55,9 +53,13 @@ class CpuEngine:
         folded = fold(model.size, model.geometry, model.weights)
         ranges = model.ranges if precision == "int8" else None
         options = compile_options(precision, threads, pin_threads=pin_threads)
-        self._parts = [
-            _run_of(build_graph(folded, part, ranges, winograd=precision == "fp32"), options)
-            for part in _parts_of(model.geometry)
+        self._tiles = self._geometry.tiles() if self._geometry.is_tiled else None
+        parts: list[Part] = ["prediction", "tile"] if self._tiles else ["whole"]
+        self._requests = [
+            CORE.compile_model(
+                build_graph(folded, part, ranges, winograd=precision == "fp32"), "CPU", options
+            ).create_infer_request()
+            for part in parts
         ]
 
     def warm_up(self) -> None:
@@ -75,7 +77,18 @@ class CpuEngine:
 
     def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
         """Compute the raw maps of one prepared image, (map_height, map_width) each."""
-        return _maps(self._parts, self._geometry, prepared)
+        image = prepared[None]
+        if self._tiles is None:
+            st, ae = _run(self._requests[0], image)
+            return st, ae
+        prediction, tiles = self._requests
+        (predicted,) = _run(prediction, image)
+        g = self._geometry
+        map_st, map_ae = np.empty((2, g.map_height, g.map_width), np.float32)
+        for tile in self._tiles:
+            maps = _run(tiles, *_piece(tile, image, predicted))
+            map_st[tile.rows, tile.columns], map_ae[tile.rows, tile.columns] = maps
+        return map_st, map_ae
 
 
 def compile_options(precision: Precision, threads: int | None, *, pin_threads: bool = False) -> dict[str, Any]:
@@ -92,53 +105,45 @@ def compile_options(precision: Precision, threads: int | None, *, pin_threads: b
 
 def observe_ranges(model: Model, images: Iterable[Prepared], threads: int | None = None) -> Ranges:
     """Return the largest magnitude at each convolution's input over some images, tile by tile where tiled."""
-    folded = fold(model.size, model.geometry, model.weights)
+    folded, geometry = fold(model.size, model.geometry, model.weights), model.geometry
     largest: dict[str, float] = {}
 
-    def observing(part: Part) -> _Run:
+    def observer(part: Part) -> Callable[..., list[NDArray[np.float32]]]:
         graph, names = build_observer(folded, part)
-        run = _run_of(graph, compile_options("fp32", threads))
+        request = CORE.compile_model(graph, "CPU", compile_options("fp32", threads)).create_infer_request()
 
-        def run_and_look(*inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-            seen, *results = run(*inputs)
+        def observe(*inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+            seen, *results = _run(request, *inputs)
             for name, value in zip(names, seen.tolist(), strict=True):
                 largest[name] = max(value, largest.get(name, 0.0))
             return results
 
-        return run_and_look
+        return observe
 
-    parts = [observing(part) for part in _parts_of(model.geometry)]
+    if not geometry.is_tiled:
+        whole = observer("whole")
+        for image in images:
+            whole(image[None])
+        return largest
+    prediction, piece = observer("prediction"), observer("tile")
     for image in images:
-        _maps(parts, model.geometry, image)
+        (predicted,) = prediction(image[None])
+        for tile in geometry.tiles():
+            piece(*_piece(tile, image[None], predicted))
     return largest
 
 
-def _parts_of(geometry: Geometry) -> list[Part]:
-    return ["prediction", "tile"] if geometry.is_tiled else ["whole"]
+def _piece(
+    tile: Tile, image: NDArray[np.float32], predicted: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return a tile's pixels and its part of the prediction."""
+    return (
+        np.ascontiguousarray(image[:, :, tile.y_px, tile.x_px]),
+        np.ascontiguousarray(predicted[:, :, tile.rows, tile.columns]),
+    )
 
 
-def _run_of(graph: ov.Model, options: dict[str, Any]) -> _Run:
-    """Compile a graph; the results of a run are copies, for the request reuses its memory."""
-    request = CORE.compile_model(graph, "CPU", options).create_infer_request()
-
-    def run(*inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        request.infer(list(inputs), share_inputs=True)
-        return [output.data.copy() for output in request.output_tensors]
-
-    return run
-
-
-def _maps(parts: Sequence[_Run], geometry: Geometry, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
-    """Run the parts (`_parts_of`) on one image."""
-    image = prepared[None]
-    if not geometry.is_tiled:
-        st, ae = parts[0](image)
-        return st, ae
-    prediction, tiles = parts
-    (predicted,) = prediction(image)
-    map_st, map_ae = np.empty((2, geometry.map_height, geometry.map_width), np.float32)
-    for tile in geometry.tiles():
-        piece = np.ascontiguousarray(image[:, :, tile.y_px, tile.x_px])
-        expected = np.ascontiguousarray(predicted[:, :, tile.rows, tile.columns])
-        map_st[tile.rows, tile.columns], map_ae[tile.rows, tile.columns] = tiles(piece, expected)
-    return map_st, map_ae
+def _run(request: Any, *inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Run; the results are copies, for the request reuses its memory."""
+    request.infer(list(inputs), share_inputs=True)
+    return [output.data.copy() for output in request.output_tensors]

@@ -50,7 +50,7 @@ def build_graph(
 
 
 def build_observer(networks: Folded, part: Part = "whole", *, winograd: bool = True) -> tuple[ov.Model, list[str]]:
-    """Build `build_graph`'s graph with one result more, the first: how large each convolution's input is.
+    """Build a part's graph that returns how large each convolution's input is, and the prediction where it is one.
 
     Returns the graph and the convolutions' names, in the order of the magnitudes.
     """
@@ -58,7 +58,8 @@ def build_observer(networks: Folded, part: Part = "whole", *, winograd: bool = T
     results, parameters = builder.part(part)
     axes = np.arange(4)
     largest = [op.reshape(op.reduce_max(op.abs(node), axes), [1], False) for node in builder.inputs.values()]
-    return ov.Model([op.concat(largest, 0), *results], parameters, part), list(builder.inputs)
+    read_on = results if part == "prediction" else []  # maps would cost their convolutions, and nobody wants them
+    return ov.Model([op.concat(largest, 0), *read_on], parameters, "observer"), list(builder.inputs)
 
 
 def convolution_names(networks: Folded) -> list[str]:
