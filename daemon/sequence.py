@@ -121,20 +121,24 @@ class SequenceFile:
         self.close()
 
     def _map_memory(self, path: Path) -> mmap.mmap:
-        """Map the counters' page, and take over what an earlier run has left there."""
+        """Map the counters' page, and take over what an earlier run has left there.
+
+        Where there is no such filesystem, or no room in it, the page of the state folder's own file will do.
+        """
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError:  # no such filesystem: the page of the state folder's own file will do
+            try:
+                if os.fstat(fd).st_size:
+                    grabbed, published, _ = _read(fd)
+                    self.grabbed, self.published = max(self.grabbed, grabbed), max(self.published, published)
+                os.pwrite(fd, self._counters(), 0)  # memory that is full is an error here, and a fatal signal later
+                return mmap.mmap(fd, _LAYOUT.size)
+            finally:
+                os.close(fd)
+        except OSError:
             self._memory = None
+            self._copy()
             return mmap.mmap(self._fd, _LAYOUT.size)
-        try:
-            if os.fstat(fd).st_size:
-                grabbed, published, _ = _read(fd)
-                self.grabbed, self.published = max(self.grabbed, grabbed), max(self.published, published)
-            os.pwrite(fd, self._counters(), 0)  # memory that is full is an error here, and a fatal signal later
-            return mmap.mmap(fd, _LAYOUT.size)
-        finally:
-            os.close(fd)
 
     def _keep_copied(self) -> None:
         copied, failing = None, False

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,6 +118,23 @@ def test_a_deleted_state_file_makes_no_number_of_another_life_come_back(tmp_path
     (tmp_path / "state" / "sequence").unlink()
     with SequenceFile(tmp_path / "state") as numbers:
         assert numbers.next() == 1
+
+
+def test_numbers_do_without_memory_that_is_full(tmp_path, monkeypatch):
+    write = os.pwrite
+
+    def no_room(fd, data, offset):
+        if tmp_path / "memory" in Path(f"/proc/self/fd/{fd}").readlink().parents:
+            raise OSError(28, "No space left on device")
+        return write(fd, data, offset)
+
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(sequence, "_MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(os, "pwrite", no_room)
+    for given in (1, 2):
+        with SequenceFile(tmp_path / "state") as numbers:
+            assert numbers.next() == given
+            assert struct.unpack_from("<Q", (tmp_path / "state" / "sequence").read_bytes(), 8) == (given,)
 
 
 def test_numbers_that_cannot_be_copied_are_told_of_once(tmp_path, monkeypatch):
