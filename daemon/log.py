@@ -17,8 +17,8 @@ _tracebacks = structlog.processors.ExceptionRenderer(
     structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 )
 """Without local variables: an image does not belong in a log."""
-_WAITING = 2000
-"""Pieces of the log that wait for whoever reads it; what comes on top of them is dropped, and counted."""
+_WAITING = 1000
+"""Entries of the log that wait for whoever reads it; what comes on top of them is dropped, and counted."""
 _LAST_WORDS_S = 2.0
 
 
@@ -62,7 +62,7 @@ class _Unbreakable(io.TextIOBase):
             with contextlib.suppress(OSError, ValueError):  # where would a failure to log be logged?
                 self._stream.write("".join(pieces))
                 if dropped:
-                    self._stream.write(f"{dropped} pieces of the log were dropped: nobody read them\n")
+                    self._stream.write(f"{dropped} entries of the log were dropped: nobody read them\n")
                 self._stream.flush()
 
 
@@ -76,7 +76,7 @@ def is_configured() -> bool:
 
 def last_words(text: str = "") -> bool:
     """Say something at the end of the process, after what was logged; False where nobody reads it."""
-    for output in _outputs:
+    for output in _outputs if text else ():
         output.write(text)
     return all(output.drain() for output in _outputs)
 
@@ -104,6 +104,7 @@ def configure_logging(level: str = "info", log_format: Literal["auto", "json", "
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _outputs[-1])),
+        # An entry and the end of its line in one piece, of which none or all is dropped; printing makes two.
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _outputs[-1])),
         cache_logger_on_first_use=False,
     )
