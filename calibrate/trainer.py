@@ -13,6 +13,7 @@ from calibrate.allocator import keep_freed_memory
 from calibrate.augment import augment, natural_image, read_natural_image, turn
 from calibrate.convolution import use_winograd
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages
+from calibrate.expected import expect_difference
 from calibrate.layouts import DatasetError, ImageFile
 from calibrate.losses import Losses, efficientad_losses
 from calibrate.options import TrainOptions
@@ -30,6 +31,7 @@ from pipeline.architecture import TEACHER_CHANNELS
 from pipeline.bundle import sha256_hex
 from pipeline.geometry import Tile
 from pipeline.networks import EfficientAD
+from pipeline.scoring import BoolMap
 
 WEIGHT_DECAY = 1e-5
 LATE_LEARNING_RATE_FACTOR, LATE_FROM_SHARE = 0.1, 0.95
@@ -182,6 +184,10 @@ class Trainer:
                     missed += float((described - predicted[:, :, tile.rows, tile.columns]).square().mean())
                     total += float(described.square().mean())
         return 1 - missed / total
+
+    def expect_difference(self, images: Iterable[Pixels], counted: BoolMap) -> None:
+        """Tell the networks how far the student is off on good images (`expected.expect_difference`)."""
+        expect_difference(self.model, map(self._tensor, images), torch.from_numpy(counted))
 
     def file_of(self, step: int) -> ImageFile:
         """Name the file that a step learns from."""

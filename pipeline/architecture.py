@@ -118,9 +118,17 @@ def efficientad_layers(size: PdnSize, geometry: Geometry) -> dict[str, Layers]:
     }
 
 
-def weight_shapes(size: PdnSize, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Name all that a model knows, with its shape: the networks' weights and the teacher's channel statistics."""
+def weight_shapes(size: PdnSize, geometry: Geometry, *, expects: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name all that a model knows, with its shape: the networks' weights and the teacher's channel statistics.
+
+    Args:
+        size: of teacher and student.
+        geometry: of the image.
+        expects: with what foretells the difference of student and teacher (`networks.EfficientAD.expected`).
+    """
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("teacher_mean", "teacher_std"), (TEACHER_CHANNELS,))
+    if expects:
+        shapes |= {"expected.weight": (1, TEACHER_CHANNELS, 1, 1), "expected.bias": (1,)}
     for network, layers in efficientad_layers(size, geometry).items():
         for index, layer in enumerate(layers):
             if isinstance(layer, Convolution):

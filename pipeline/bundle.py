@@ -306,7 +306,8 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
         raise BundleError(f"{path.absolute()}: {error}") from error
     except KeyError as error:  # of a type that NumPy does not have
         raise BundleError(f"{path.absolute()}: a tensor is {error.args[0]}, not float32") from error
-    _check_weights(weights, weight_shapes(size, geometry), path)
+    expects = any(name.startswith("expected.") for name in weights)
+    _check_weights(weights, weight_shapes(size, geometry, expects=expects), path)
     calibration = dict(manifest["calibration"])
     threshold = float(calibration["threshold"])
     if not np.isfinite(threshold):

@@ -56,6 +56,8 @@ class Folded:
     """Autoencoder, less the bias of the student's part."""
     imitated: Filters
     """The student's imitation of the autoencoder."""
+    expected: Filters | None = None
+    """How large the difference is expected to be, over the teacher's features; `networks.EfficientAD.expected`."""
 
 
 def fold(size: PdnSize, geometry: Geometry, weights: Weights) -> Folded:
@@ -82,6 +84,17 @@ def fold(size: PdnSize, geometry: Geometry, weights: Weights) -> Folded:
             predicted.weight, (_bias(predicted) - bias_autoencoder).astype(dtype), padding=predicted.padding
         ),
         imitated=Filters(imitates_autoencoder),
+        expected=_expected(scaled, shift, weights) if "expected.weight" in weights else None,
+    )
+
+
+def _expected(scaled: NDArray[np.float64], shift: NDArray[np.float64], weights: Weights) -> Filters:
+    """Put what reads the teacher's normalised features on what its last convolution reads."""
+    weight, bias = (weights[f"expected.{name}"] for name in ("weight", "bias"))
+    of_features = weight[0, :, 0, 0].astype(np.float64)
+    return Filters(
+        np.tensordot(of_features, scaled, axes=1)[None].astype(weight.dtype),
+        (bias + of_features @ shift).astype(weight.dtype),
     )
 
 

@@ -27,6 +27,7 @@ class FoldedEfficientAD(nn.Module):
         self.difference, self.predicted, self.imitated = (
             _convolution(filters) for filters in (folded.difference, folded.predicted, folded.imitated)
         )
+        self.expected = None if folded.expected is None else _convolution(folded.expected)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,13 +55,15 @@ class FoldedEfficientAD(nn.Module):
         """
         difference = self.difference(torch.cat([teacher, student], dim=1))
         missed = predicted[:, :, tile.rows, tile.columns] - self.imitated(student)
-        return _mean_square(difference), _mean_square(missed)
+        map_st, map_ae = (_wide(d).square().mean(dim=1) for d in (difference, missed))
+        if self.expected is not None:
+            map_st = map_st / (1 + _wide(self.expected(teacher))[:, 0].relu())
+        return map_st, map_ae
 
 
-def _mean_square(difference: Tensor) -> Tensor:
+def _wide(tensor: Tensor) -> Tensor:
     # The square of a strong anomaly is more than float16 can hold.
-    wide = difference.float() if difference.dtype == torch.float16 else difference
-    return wide.square().mean(dim=1)
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _sequence(trunk: Trunk) -> nn.Sequential:

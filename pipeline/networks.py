@@ -58,6 +58,10 @@ class EfficientAD(nn.Module):
     (student-teacher, autoencoder-student), each (N, map_height, map_width).
     """
 
+    expected: nn.Conv2d | None
+    """From the teacher's channel-normalised features to how far the student is expected to be off, one number a
+    cell; where it is there, the student-teacher map is divided by 1 + that number, if positive. Not the paper's."""
+
     teacher_mean: Tensor
     """(384,) per-channel mean of the teacher's output over the training images."""
     teacher_std: Tensor
@@ -72,6 +76,7 @@ class EfficientAD(nn.Module):
         )
         self.register_buffer("teacher_mean", torch.zeros(TEACHER_CHANNELS))
         self.register_buffer("teacher_std", torch.ones(TEACHER_CHANNELS))
+        self.register_module("expected", None)
         self.teacher.requires_grad_(False)
 
     def train(self, mode: bool = True) -> EfficientAD:
@@ -109,8 +114,10 @@ class EfficientAD(nn.Module):
         piece = image[:, :, tile.y_px, tile.x_px]
         described, student = self.describe(piece), self.student(piece)
         map_st = (described - student[:, :TEACHER_CHANNELS]).square().mean(dim=1)
-        expected = predicted[:, :, tile.rows, tile.columns]
-        map_ae = (expected - student[:, TEACHER_CHANNELS:]).square().mean(dim=1)
+        if self.expected is not None:
+            map_st = map_st / (1 + self.expected(described)[:, 0].relu())
+        target = predicted[:, :, tile.rows, tile.columns]
+        map_ae = (target - student[:, TEACHER_CHANNELS:]).square().mean(dim=1)
         return map_st, map_ae
 
 

@@ -1,7 +1,7 @@
 """The folded networks as OpenVINO graphs: in float, or with every convolution in 8-bit integers.
 
-Integers are for the convolutions only. What comes after the two differences (square and mean) stays in float32: its
-range is that of anomalies, which no good image shows, and integers would cut it off there.
+Integers are for the convolutions only. What comes after the two differences (square, mean, division by what
+is expected) stays in float32: its range is that of anomalies, which no good image shows; integers would cut it off.
 """
 
 from __future__ import annotations
@@ -116,7 +116,18 @@ class _Builder:
                 self._convolution("difference.student", student, Filters(of_student)),
             )
         missed = op.subtract(predicted, self._convolution("imitated", student, networks.imitated))
-        return [op.reduce_mean(op.multiply(d, d), np.array([0, 1]), False) for d in (difference, missed)]
+        map_st, map_ae = (op.reduce_mean(op.multiply(d, d), np.array([0, 1]), False) for d in (difference, missed))
+        if networks.expected is not None:
+            map_st = op.divide(map_st, self._expectation(teacher, networks.expected))
+        return [map_st, map_ae]
+
+    def _expectation(self, teacher: ov.Node, filters: Filters) -> ov.Node:
+        """Return what the student-teacher map is divided by, (map_height, map_width)."""
+        if self._ranges is None:
+            expected = _convolved(teacher, op.constant(filters.weight), filters)
+        else:
+            expected = quantised_convolution(teacher, filters, self._ranges["difference.teacher"])
+        return op.add(op.relu(op.squeeze(expected, np.array([0, 1]))), op.constant(np.float32(1)))
 
     def _sequence(self, name: str, node: ov.Node, trunk: Trunk) -> ov.Node:
         for index, layer in enumerate(trunk.layers):

@@ -108,9 +108,9 @@ class Scorer:
         if ignore is not None:
             self._ignore(ignore)
         cells = (geometry.map_height, geometry.map_width)
-        self.relative_maps = RelativeMaps(
-            np.ones(cells, bool) if self.ignored_cells is None else ~self.ignored_cells
-        )
+        self.counted_cells = np.ones(cells, bool) if self.ignored_cells is None else ~self.ignored_cells
+        """(map_height, map_width), False where ignored."""
+        self.relative_maps = RelativeMaps(self.counted_cells)
 
     def _ignore(self, ignore: BoolMap) -> None:
         g, pad = self.geometry, self.geometry.padding_cells
@@ -162,7 +162,7 @@ class Scorer:
 
     def counted_values(self, raw_map: FloatMap) -> NDArray[np.float32]:
         """Return the raw map's values outside ignored areas, flat: what quantiles are taken of."""
-        return raw_map.ravel() if self.ignored_cells is None else raw_map[~self.ignored_cells]
+        return np.asarray(raw_map[self.counted_cells], np.float32)
 
     def regions(self, stretched: FloatMap, threshold: float, area: FrameArea) -> list[Region]:
         """List connected areas above the threshold, largest first, at most MAX_REGIONS.

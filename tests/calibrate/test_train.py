@@ -562,7 +562,8 @@ def test_surfaces_are_whitened_and_maps_relative_unless_told_otherwise(
     assert (bundle.quantiles.st_levels is not None) is relative
     assert all((p.quantiles.st_levels is not None) is relative for p in bundle.precisions.values())
     assert any("a surface; features are whitened" in said for said in notes.said) == (wanted is None)
-    assert any("relative to their own level" in said for said in notes.said) is relative
+    assert ("expected.weight" in bundle.model.weights) is relative
+    assert any("relative to what is expected" in said for said in notes.said) is relative
     # A version that does not know relative maps must refuse their bundle.
     assert json.loads((options.out / MANIFEST).read_text())["format"] == f"inspectord.bundle/{2 if relative else 1}"
 

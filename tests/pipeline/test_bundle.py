@@ -224,13 +224,15 @@ def test_manifests_that_make_no_sense_are_refused(copy, change, message):
         read_bundle(copy)
 
 
-@pytest.mark.parametrize("kind", ["missing", "shape", "float16", "bfloat16", "nan"])
+@pytest.mark.parametrize("kind", ["missing", "shape", "float16", "bfloat16", "nan", "half"])
 def test_weights_that_do_not_fit_are_refused(copy, kind):
     import hashlib
 
     weights = load_file(copy / WEIGHTS)
     if kind == "missing":
         del weights["student.0.weight"]
+    elif kind == "half":
+        weights["expected.bias"] = torch.zeros(1)
     elif kind == "shape":
         weights["student.0.weight"] = torch.zeros(1)
     elif kind in ("float16", "bfloat16"):
@@ -241,6 +243,6 @@ def test_weights_that_do_not_fit_are_refused(copy, kind):
     blob = (copy / WEIGHTS).read_bytes()
     facts = {"sha256": hashlib.sha256(blob).hexdigest(), "bytes": len(blob)}
     edit_manifest(copy, lambda m: m["files"].update({WEIGHTS: facts}))
-    said = r"a tensor is BF16, not float32" if kind == "bfloat16" else r"student\.0\.weight"
-    with pytest.raises(BundleError, match=rf"weights\.safetensors: .*{said}"):
+    said = {"bfloat16": "a tensor is BF16, not float32", "half": r"tensor expected\.weight is missing"}
+    with pytest.raises(BundleError, match=rf"weights\.safetensors: .*{said.get(kind, r'student.0.weight')}"):
         read_bundle(copy)

@@ -20,10 +20,10 @@ from tests.pipeline.test_networks import seeded_model
 GEOMETRIES = [Geometry(), Geometry(padded=True), Geometry(320, 384, tile_rows=2, tile_columns=2)]
 
 
-def model_and_engine(precision="fp32", size="small", geometry=None, seed=0):
+def model_and_engine(precision="fp32", size="small", geometry=None, seed=0, *, expects=False):
     from pipeline.engine_cuda import CudaEngine
 
-    networks = seeded_model(size, geometry or Geometry(), seed)
+    networks = seeded_model(size, geometry or Geometry(), seed, expects=expects)
     g = networks.geometry
     model = Model(size, g, PreprocessSpec(g.image_width, g.image_height), weights_of(networks))
     engine = CudaEngine(model, precision)
@@ -63,12 +63,13 @@ def test_a_strong_anomaly_fits_into_the_maps_of_float16(rng):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("expects", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
     ("size", "geometry"), [("medium", GEOMETRIES[0]), *(("small", geometry) for geometry in GEOMETRIES)], ids=str
 )
-def test_the_graph_gives_the_networks_own_maps(size, geometry, precision, rng):
-    networks, preprocess, cuda = model_and_engine(precision, size, geometry)
+def test_the_graph_gives_the_networks_own_maps(size, geometry, precision, expects, rng):
+    networks, preprocess, cuda = model_and_engine(precision, size, geometry, expects=expects)
     for fmt in (PixelFormat.BAYER_RG8, PixelFormat.MONO8, PixelFormat.BAYER_RG8):
         image = rng.integers(0, 256, (300, 400)).astype(np.uint8)
         on_cuda = cuda.raw_maps(image, fmt)

@@ -34,7 +34,14 @@ GEOMETRIES = [
     Geometry(320, 384, tile_rows=2, tile_columns=2),
 ]
 EACH = pytest.mark.parametrize(
-    ("size", "geometry"), [("medium", GEOMETRIES[0]), *(("small", geometry) for geometry in GEOMETRIES)], ids=str
+    ("size", "geometry", "expects"),
+    [
+        ("medium", GEOMETRIES[0], False),
+        *(("small", geometry, False) for geometry in GEOMETRIES),
+        ("medium", GEOMETRIES[0], True),
+        ("small", GEOMETRIES[-1], True),
+    ],
+    ids=str,
 )
 
 
@@ -57,8 +64,8 @@ def maps_by_torch(networks, image):
 
 
 @EACH
-def test_folding_is_exact(size, geometry):
-    networks = seeded_model(size, geometry).double()
+def test_folding_is_exact(size, geometry, expects):
+    networks = seeded_model(size, geometry, expects=expects).double()
     image = torch.randn(1, 3, geometry.image_height, geometry.image_width, dtype=torch.float64)
     with torch.inference_mode():
         for folded, plain in zip(folded_networks(networks)(image), networks(image), strict=True):
@@ -73,8 +80,8 @@ def test_folding_leaves_the_networks_as_they_are():
 
 
 @EACH
-def test_float32_gives_the_networks_own_maps(size, geometry, rng):
-    networks = seeded_model(size, geometry)
+def test_float32_gives_the_networks_own_maps(size, geometry, expects, rng):
+    networks = seeded_model(size, geometry, expects=expects)
     image = random_image(rng, geometry)
     engine = CpuEngine(model_of(networks), threads=2)
     for ours, plain in zip(engine.infer(image), maps_by_torch(networks, image), strict=True):
@@ -83,10 +90,10 @@ def test_float32_gives_the_networks_own_maps(size, geometry, rng):
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @EACH
-def test_fewer_bits_stay_near_float32(size, geometry, precision, rng):
+def test_fewer_bits_stay_near_float32(size, geometry, expects, precision, rng):
     if precision not in cpu_precisions():
         pytest.skip(f"this processor has no {precision}")
-    networks = seeded_model(size, geometry)
+    networks = seeded_model(size, geometry, expects=expects)
     image = random_image(rng, geometry)
     model = model_of(networks)
     model = replace(model, ranges=observe_ranges(model, [image]))

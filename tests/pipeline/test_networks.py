@@ -12,11 +12,19 @@ from pipeline.scoring import Quantiles, Scorer
 from tests.pipeline import reference
 
 
-def seeded_model(size="small", geometry=None, seed=0):
+def seeded_model(size="small", geometry=None, seed=0, *, expects=False):
     torch.manual_seed(seed)
     model = EfficientAD(size, geometry or Geometry())
     model.teacher_mean.copy_(torch.randn(384) * 0.01)
     model.teacher_std.copy_(torch.rand(384) * 0.1 + 0.05)
+    if expects:
+        model.expected = nn.Conv2d(384, 1, 1)
+        with torch.no_grad():  # what all channels have in common, positive in half of the cells
+            features = model.describe(torch.randn(1, 3, 128, 128))[0].flatten(1)
+            weight = torch.cov(features).sum(dim=1)
+            weight /= 16 * (weight @ features).std()
+            model.expected.weight.copy_(weight.view(1, 384, 1, 1))
+            model.expected.bias.fill_(-(weight @ features).mean())
     return model.eval()
 
 
@@ -53,6 +61,19 @@ def test_maps_and_score_against_the_papers_formulas(size, padded, rng):
     assert got == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
+def test_a_map_relative_to_what_is_expected(rng):
+    plain, expecting = seeded_model(), seeded_model(expects=True)
+    image = torch.from_numpy(rng.normal(0, 1, (1, 3, 256, 256)).astype(np.float32))
+    with torch.inference_mode():
+        (st, ae), (divided, same) = plain(image), expecting(image)
+        features = plain.describe(image)[0].double().numpy()
+    weight, bias = (getattr(expecting.expected, name).detach().double().numpy() for name in ("weight", "bias"))
+    expected = np.tensordot(weight[0, :, 0, 0], features, 1) + bias
+    assert expected.min() < -0.05 < 0.05 < expected.max(), "some cells are divided, some are not"
+    np.testing.assert_allclose(divided[0], st[0].numpy() / (1 + np.maximum(expected, 0)), rtol=1e-4)
+    assert torch.equal(same, ae)
+
+
 @pytest.mark.parametrize(
     ("size", "shapes"),
     [
@@ -78,12 +99,13 @@ def test_state_dict_keys_are_the_public_references(size, shapes):
     assert weights == {f"{index}.weight": shape for index, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("expects", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("size", ["small", "medium"])
-def test_a_model_keeps_all_that_its_networks_know(size, padded):
-    networks = EfficientAD(size, Geometry(padded=padded))
+def test_a_model_keeps_all_that_its_networks_know(size, padded, expects):
+    networks = seeded_model(size, Geometry(padded=padded), expects=expects)
     state = {name: tuple(tensor.shape) for name, tensor in networks.state_dict().items()}
-    assert weight_shapes(size, networks.geometry) == state
+    assert weight_shapes(size, networks.geometry, expects=expects) == state
     networks = networks.to(memory_format=torch.channels_last)
     for name, array in weights_of(networks).items():
         assert array.flags.c_contiguous
