@@ -144,7 +144,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
             f"maps are relative to what is expected and to their own level, as {len(some)} images show both "
             "(--no-relative-map)"
         )
-        trainer.expect_difference(_asking(some, listener), scorer.counted_cells)
+        trainer.expect_difference(lambda: _asking(some, listener), scorer.counted_cells)
     model = Model(options.size, options.geometry, options.preprocess, weights_of(trainer.model))
     if relative_map:
         ranges = level_ranges(raw_maps(model, some, options, listener), scorer, autoencoder=use_autoencoder)

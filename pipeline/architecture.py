@@ -128,7 +128,7 @@ def weight_shapes(size: PdnSize, geometry: Geometry, *, expects: bool = False) -
     """
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("teacher_mean", "teacher_std"), (TEACHER_CHANNELS,))
     if expects:
-        shapes |= {"expected.weight": (1, TEACHER_CHANNELS, 1, 1), "expected.bias": (1,)}
+        shapes |= {"expected.weight": (1, TEACHER_CHANNELS, 1, 1), "expected.bias": (1,), "expected.largest": (1,)}
     for network, layers in efficientad_layers(size, geometry).items():
         for index, layer in enumerate(layers):
             if isinstance(layer, Convolution):

@@ -57,7 +57,8 @@ class Folded:
     imitated: Filters
     """The student's imitation of the autoencoder."""
     expected: Filters | None = None
-    """How large the difference is expected to be, over the teacher's features; `networks.EfficientAD.expected`."""
+    """How large the difference is expected to be, over the teacher's features (`networks.Expected`)."""
+    largest_expected: float = 0.0
 
 
 def fold(size: PdnSize, geometry: Geometry, weights: Weights) -> Folded:
@@ -84,18 +85,21 @@ def fold(size: PdnSize, geometry: Geometry, weights: Weights) -> Folded:
             predicted.weight, (_bias(predicted) - bias_autoencoder).astype(dtype), padding=predicted.padding
         ),
         imitated=Filters(imitates_autoencoder),
-        expected=_expected(scaled, shift, weights) if "expected.weight" in weights else None,
+        **_expectation(scaled, shift, weights),
     )
 
 
-def _expected(scaled: NDArray[np.float64], shift: NDArray[np.float64], weights: Weights) -> Filters:
+def _expectation(scaled: NDArray[np.float64], shift: NDArray[np.float64], weights: Weights) -> dict[str, Any]:
     """Put what reads the teacher's normalised features on what its last convolution reads."""
-    weight, bias = (weights[f"expected.{name}"] for name in ("weight", "bias"))
+    if "expected.weight" not in weights:
+        return {}
+    weight, bias, largest = (weights[f"expected.{name}"] for name in ("weight", "bias", "largest"))
     of_features = weight[0, :, 0, 0].astype(np.float64)
-    return Filters(
+    filters = Filters(
         np.tensordot(of_features, scaled, axes=1)[None].astype(weight.dtype),
         (bias + of_features @ shift).astype(weight.dtype),
     )
+    return {"expected": filters, "largest_expected": float(largest[0])}
 
 
 def _network(name: str, layers: Layers, weights: Weights) -> tuple[Trunk, Filters]:

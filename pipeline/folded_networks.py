@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.folded import Filters, Folded, Trunk
 from pipeline.geometry import Tile
-from pipeline.networks import make_module, maps_by_tiles, run_autoencoder
+from pipeline.networks import Expected, make_module, maps_by_tiles, run_autoencoder, widened
 
 
 class FoldedEfficientAD(nn.Module):
@@ -27,7 +27,7 @@ class FoldedEfficientAD(nn.Module):
         self.difference, self.predicted, self.imitated = (
             _convolution(filters) for filters in (folded.difference, folded.predicted, folded.imitated)
         )
-        self.expected = None if folded.expected is None else _convolution(folded.expected)
+        self.expected = None if folded.expected is None else _expected(folded.expected, folded.largest_expected)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,15 +55,10 @@ class FoldedEfficientAD(nn.Module):
         """
         difference = self.difference(torch.cat([teacher, student], dim=1))
         missed = predicted[:, :, tile.rows, tile.columns] - self.imitated(student)
-        map_st, map_ae = (_wide(d).square().mean(dim=1) for d in (difference, missed))
+        map_st, map_ae = (widened(d).square().mean(dim=1) for d in (difference, missed))
         if self.expected is not None:
-            map_st = map_st / (1 + _wide(self.expected(teacher))[:, 0].relu())
+            map_st = map_st / self.expected(teacher)
         return map_st, map_ae
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    # The square of a strong anomaly is more than float16 can hold.
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _sequence(trunk: Trunk) -> nn.Sequential:
@@ -88,4 +83,12 @@ def _convolution(filters: Filters) -> nn.Conv2d:
     numbers = {"weight": filters.weight, "bias": filters.bias}
     copied = {n: torch.from_numpy(np.array(array)) for n, array in numbers.items() if array is not None}
     made.load_state_dict(copied, assign=True)
+    return made
+
+
+def _expected(filters: Filters, largest: float) -> Expected:
+    _, channels, kernel_px, _ = filters.weight.shape
+    made = Expected(channels, kernel_px)
+    numbers = {"weight": filters.weight, "bias": filters.bias, "largest": np.array([largest], filters.weight.dtype)}
+    made.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in numbers.items()}, assign=True)
     return made

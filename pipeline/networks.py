@@ -51,6 +51,21 @@ def make_module(layer: Layer) -> nn.Module:
             return nn.Dropout(layer.rate)
 
 
+class Expected(nn.Conv2d):
+    """What the student-teacher map is divided by: at least 1, and no more than good images showed."""
+
+    largest: Tensor
+    """(1,), how much more than 1 at most: a strange part must not excuse itself."""
+
+    def __init__(self, channels: int, kernel_px: int) -> None:
+        super().__init__(channels, 1, kernel_px)
+        self.register_buffer("largest", torch.full((1,), torch.inf))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the divisor of each cell, (N, h, w) float32 or wider, for (N, channels, …) features."""
+        return 1 + widened(super().forward(features))[:, 0].relu().minimum(self.largest)
+
+
 class EfficientAD(nn.Module):
     """Teacher, student and autoencoder with the teacher's channel statistics.
 
@@ -58,9 +73,9 @@ class EfficientAD(nn.Module):
     (student-teacher, autoencoder-student), each (N, map_height, map_width).
     """
 
-    expected: nn.Conv2d | None
-    """From the teacher's channel-normalised features to how far the student is expected to be off, one number a
-    cell; where it is there, the student-teacher map is divided by 1 + that number, if positive. Not the paper's."""
+    expected: Expected | None
+    """From the teacher's channel-normalised features to how far the student is expected to be off; where it is
+    there, the student-teacher map is divided by it. Not the paper's."""
 
     teacher_mean: Tensor
     """(384,) per-channel mean of the teacher's output over the training images."""
@@ -115,10 +130,15 @@ class EfficientAD(nn.Module):
         described, student = self.describe(piece), self.student(piece)
         map_st = (described - student[:, :TEACHER_CHANNELS]).square().mean(dim=1)
         if self.expected is not None:
-            map_st = map_st / (1 + self.expected(described)[:, 0].relu())
+            map_st = map_st / self.expected(described)
         target = predicted[:, :, tile.rows, tile.columns]
         map_ae = (target - student[:, TEACHER_CHANNELS:]).square().mean(dim=1)
         return map_st, map_ae
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return float16 as float32: the square of a strong anomaly is more than float16 can hold."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def weights_of(networks: EfficientAD) -> dict[str, NDArray[np.float32]]:

@@ -127,7 +127,8 @@ class _Builder:
             expected = _convolved(teacher, op.constant(filters.weight), filters)
         else:
             expected = quantised_convolution(teacher, filters, self._ranges["difference.teacher"])
-        return op.add(op.relu(op.squeeze(expected, np.array([0, 1]))), op.constant(np.float32(1)))
+        within = op.clamp(op.squeeze(expected, np.array([0, 1])), 0.0, self._networks.largest_expected)
+        return op.add(within, op.constant(np.float32(1)))
 
     def _sequence(self, name: str, node: ov.Node, trunk: Trunk) -> ov.Node:
         for index, layer in enumerate(trunk.layers):
