@@ -78,7 +78,8 @@ class TrainOptions:
     """Whiten the teacher's features over the training images instead of normalising each channel alone; None: where
     the images have no common layout (see MIN_LAYOUT_SHARE)."""
     relative_map: bool | None = None
-    """Divide each raw map by its own levels (`pipeline.relative`); None: where features are whitened."""
+    """Divide maps by what is expected (`calibrate.expected`) and by their own levels (`pipeline.relative`); None:
+    where features are whitened."""
     seed: int = 0
     turns: Turns = field(default_factory=Turns)
     held_out_share: float = 0.1

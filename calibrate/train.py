@@ -137,15 +137,15 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
             f"the autoencoder explains {explained:.1%} of the held-out features' variance"
             + ("" if use_autoencoder else ": its map would be noise and is left out (--autoencoder keeps it)")
         )
-    ranges = NOT_RELATIVE
     some = trainer.some_images(_LEVELS_OF)
     if relative_map:
+        largest = trainer.expect_difference(lambda: _asking(some, listener), scorer.counted_cells)
         listener.say(
-            f"maps are relative to what is expected and to their own level, as {len(some)} images show both "
-            "(--no-relative-map)"
+            f"maps are relative to what is expected (a cell is divided by up to {largest:.1f}) and to their own "
+            f"level, as {len(some)} images show both (--no-relative-map)"
         )
-        trainer.expect_difference(lambda: _asking(some, listener), scorer.counted_cells)
     model = Model(options.size, options.geometry, options.preprocess, weights_of(trainer.model))
+    ranges = NOT_RELATIVE
     if relative_map:
         ranges = level_ranges(raw_maps(model, some, options, listener), scorer, autoencoder=use_autoencoder)
     listener.say(f"calibrating on {len(good.held_out)} held-out images")

@@ -185,9 +185,9 @@ class Trainer:
                     total += float(described.square().mean())
         return 1 - missed / total
 
-    def expect_difference(self, images: Callable[[], Iterable[Pixels]], counted: BoolMap) -> None:
+    def expect_difference(self, images: Callable[[], Iterable[Pixels]], counted: BoolMap) -> float:
         """Tell the networks how far the student is off on good images (`expected.expect_difference`)."""
-        expect_difference(self.model, lambda: map(self._tensor, images()), counted)
+        return expect_difference(self.model, lambda: map(self._tensor, images()), counted)
 
     def file_of(self, step: int) -> ImageFile:
         """Name the file that a step learns from."""

@@ -76,8 +76,8 @@ def train(
     relative_map: Annotated[
         bool | None,
         typer.Option(
-            help="smooth each map and divide it by its own levels, within what good images show: what stands out "
-            "of its image and surroundings counts; unsaid: where features are whitened"
+            help="smooth each map and divide it by what its features let expect and by its own levels, within what "
+            "good images show: what stands out of these counts; unsaid: where features are whitened"
         ),
     ] = None,
     quantile_a: Annotated[float, typer.Option(min=0.0, max=1.0, help="level that becomes 0 in the map")] = 0.9,

@@ -43,6 +43,16 @@ class Trunk:
 
 
 @dataclass(frozen=True)
+class Expectation:
+    """How large the difference is expected to be (`networks.Expected`)."""
+
+    filters: Filters
+    """Over the teacher's features."""
+    largest: float
+    """What is beyond is cut off."""
+
+
+@dataclass(frozen=True)
 class Folded:
     """EfficientAD for inference; exact in exact arithmetic."""
 
@@ -56,9 +66,7 @@ class Folded:
     """Autoencoder, less the bias of the student's part."""
     imitated: Filters
     """The student's imitation of the autoencoder."""
-    expected: Filters | None = None
-    """How large the difference is expected to be, over the teacher's features (`networks.Expected`)."""
-    largest_expected: float = 0.0
+    expected: Expectation | None
 
 
 def fold(size: PdnSize, geometry: Geometry, weights: Weights) -> Folded:
@@ -85,21 +93,19 @@ def fold(size: PdnSize, geometry: Geometry, weights: Weights) -> Folded:
             predicted.weight, (_bias(predicted) - bias_autoencoder).astype(dtype), padding=predicted.padding
         ),
         imitated=Filters(imitates_autoencoder),
-        **_expectation(scaled, shift, weights),
+        expected=_expectation(scaled, shift, weights) if "expected.weight" in weights else None,
     )
 
 
-def _expectation(scaled: NDArray[np.float64], shift: NDArray[np.float64], weights: Weights) -> dict[str, Any]:
+def _expectation(scaled: NDArray[np.float64], shift: NDArray[np.float64], weights: Weights) -> Expectation:
     """Put what reads the teacher's normalised features on what its last convolution reads."""
-    if "expected.weight" not in weights:
-        return {}
     weight, bias, largest = (weights[f"expected.{name}"] for name in ("weight", "bias", "largest"))
     of_features = weight[0, :, 0, 0].astype(np.float64)
     filters = Filters(
         np.tensordot(of_features, scaled, axes=1)[None].astype(weight.dtype),
         (bias + of_features @ shift).astype(weight.dtype),
     )
-    return {"expected": filters, "largest_expected": float(largest[0])}
+    return Expectation(filters, float(largest[0]))
 
 
 def _network(name: str, layers: Layers, weights: Weights) -> tuple[Trunk, Filters]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.folded import Filters, Folded, Trunk
+from pipeline.folded import Expectation, Filters, Folded, Trunk
 from pipeline.geometry import Tile
 from pipeline.networks import Expected, make_module, maps_by_tiles, run_autoencoder, widened
 
@@ -27,7 +27,7 @@ class FoldedEfficientAD(nn.Module):
         self.difference, self.predicted, self.imitated = (
             _convolution(filters) for filters in (folded.difference, folded.predicted, folded.imitated)
         )
-        self.expected = None if folded.expected is None else _expected(folded.expected, folded.largest_expected)
+        self.expected = None if folded.expected is None else _expected(folded.expected)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,9 @@ def _convolution(filters: Filters) -> nn.Conv2d:
     return made
 
 
-def _expected(filters: Filters, largest: float) -> Expected:
-    _, channels, kernel_px, _ = filters.weight.shape
-    made = Expected(channels, kernel_px)
-    numbers = {"weight": filters.weight, "bias": filters.bias, "largest": np.array([largest], filters.weight.dtype)}
+def _expected(expectation: Expectation) -> Expected:
+    weight, bias = expectation.filters.weight, expectation.filters.bias
+    made = Expected(weight.shape[1], weight.shape[2])
+    numbers = {"weight": weight, "bias": bias, "largest": np.array([expectation.largest], weight.dtype)}
     made.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in numbers.items()}, assign=True)
     return made

@@ -121,7 +121,10 @@ class EfficientAD(nn.Module):
         return run_autoencoder(self.autoencoder, image, self.geometry)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the raw maps: mean over channels of the squared differences (algorithm 3)."""
+        """Return the raw maps: mean over channels of the squared differences (algorithm 3).
+
+        The first is divided by what is expected, where that is there.
+        """
         predicted = self.autoencode(image)
         return maps_by_tiles(self.geometry, lambda tile: self._tile_maps(image, predicted, tile))
 

@@ -17,7 +17,7 @@ from openvino import opset13 as op
 
 from pipeline.architecture import TEACHER_CHANNELS, AveragePool, Convolution, Dropout, Relu, Upsample
 from pipeline.engine import LARGEST_INT8_WEIGHT
-from pipeline.folded import Filters, Folded, Trunk
+from pipeline.folded import Expectation, Filters, Folded, Trunk
 from pipeline.geometry import AUTOENCODER_PX
 from pipeline.winograd import Tiling, pays, transforms
 
@@ -121,13 +121,14 @@ class _Builder:
             map_st = op.divide(map_st, self._expectation(teacher, networks.expected))
         return [map_st, map_ae]
 
-    def _expectation(self, teacher: ov.Node, filters: Filters) -> ov.Node:
+    def _expectation(self, teacher: ov.Node, expectation: Expectation) -> ov.Node:
         """Return what the student-teacher map is divided by, (map_height, map_width)."""
-        if self._ranges is None:
+        filters = expectation.filters
+        if self._ranges is None:  # directly: for one output Winograd's way would cost more
             expected = _convolved(teacher, op.constant(filters.weight), filters)
         else:
             expected = quantised_convolution(teacher, filters, self._ranges["difference.teacher"])
-        within = op.clamp(op.squeeze(expected, np.array([0, 1])), 0.0, self._networks.largest_expected)
+        within = op.clamp(op.squeeze(expected, np.array([0, 1])), 0.0, expectation.largest)
         return op.add(within, op.constant(np.float32(1)))
 
     def _sequence(self, name: str, node: ov.Node, trunk: Trunk) -> ov.Node:

@@ -1,7 +1,8 @@
 """Raw maps of surfaces relative to their own image: what stands out of it, and of its surroundings, counts.
 
 Surfaces differ in grain, contrast and light from image to image and from place to place, and the whole raw map with
-them, so that its maximum says more about the image than about a defect.
+them, so that its maximum says more about the image than about a defect. The student-teacher map comes relative to
+what each place's features let expect (`networks.Expected`).
 """
 
 from __future__ import annotations
