@@ -98,7 +98,7 @@ class Playback:
         self._count += 1
         return [Frame(FrameStatus.COMPLETE, "playback", image=image, pixel_format=self._options.pixel_format)]
 
-    def signal_pass(self) -> None:
+    def signal_pass(self, until_ns: int) -> None:
         """Never asked."""
         raise CameraLost("no output line")
 

@@ -119,9 +119,9 @@ class FaultyCamera:
             raise RuntimeError("ordered: a fault in the driver")
         return self._camera.grab(timeout_s)
 
-    def signal_pass(self) -> None:
+    def signal_pass(self, until_ns: int) -> None:
         """Signal with the real camera."""
-        self._camera.signal_pass()
+        self._camera.signal_pass(until_ns)
 
     def close(self) -> None:
         """Close the real camera."""

@@ -13,7 +13,7 @@ from drivers.camera import CameraError
 _GAP_S = 0.01
 """Between two pulses at least: longer than a PLC's input filter."""
 _TOO_OLD_NS = 100_000_000
-"""A pulse that could not be given for so long would pass another part than its own."""
+"""A pulse that could not be given for so long would pass another part than its own, whatever the deadline."""
 
 
 class Passing:
@@ -22,7 +22,7 @@ class Passing:
     A pulse that followed another at once would look like one long pulse to the PLC.
     """
 
-    def __init__(self, signal_pass: Callable[[], None], events: Events) -> None:
+    def __init__(self, signal_pass: Callable[[int], None], events: Events) -> None:
         self._signal_pass = signal_pass
         self._events = events
         self._changed = threading.Condition()
@@ -35,16 +35,27 @@ class Passing:
         self.call = Call()
         """Runs while the thread is inside the driver."""
 
-    def passed(self, sequence: int, late: bool) -> None:
-        """Ask for a pulse, unless the verdict was late: another part stands there now. Never waits."""
-        if late:
-            self._not_given(sequence, "the verdict was late")
-            return
+    def passed(self, sequence: int, due_ns: int | None) -> None:
+        """Ask for a pulse, which begins before the deadline's end or not at all: then another part stands there.
+
+        Never waits.
+
+        Args:
+            sequence: of the part.
+            due_ns: when its deadline ends (`time.monotonic_ns`); None: it has none.
+        """
+        now_ns = time.monotonic_ns()
+        until_ns = now_ns + _TOO_OLD_NS
+        if due_ns is not None:
+            if now_ns > due_ns:
+                self._not_given(sequence, "the verdict was late")
+                return
+            until_ns = min(until_ns, due_ns)
         with self._changed:
             why = "the daemon is ending" if self._ended else "the pulse before it is not over"
             given = not (self._ended or self._busy)
             if given:
-                self._busy, self._waiting = True, (sequence, time.monotonic_ns())
+                self._busy, self._waiting = True, (sequence, until_ns)
                 self._changed.notify()
         if not given:
             self._not_given(sequence, why)
@@ -70,13 +81,13 @@ class Passing:
                 with self._changed:
                     self._busy = False
 
-    def _give(self, sequence: int, asked_ns: int) -> None:
-        if time.monotonic_ns() - asked_ns > _TOO_OLD_NS:
+    def _give(self, sequence: int, until_ns: int) -> None:
+        if time.monotonic_ns() > until_ns:
             self._not_given(sequence, "it came too late")
             return
         try:
             with self.call.running():
-                self._signal_pass()
+                self._signal_pass(until_ns)
             self.worked = True
         except CameraError as error:
             self._not_given(sequence, str(error))

@@ -75,7 +75,7 @@ class Publishing:
         events: Events,
         journal_wait_ms: float,
         alarm_after: Callable[[], int | None],
-        passed: Callable[[int, bool], None] | None,
+        passed: Callable[[int, int | None], None] | None,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         """Prepare; sockets are bound by `run`.
@@ -93,7 +93,7 @@ class Publishing:
             events: told of alarms and unjournaled verdicts.
             journal_wait_ms: how long a verdict waits for its commit, if its deadline allows.
             alarm_after: rejects in a row that raise an alarm; None: never.
-            passed: told of each OK once it is sent, and whether that was late; None: nobody wants to know.
+            passed: told of each OK once it is sent, and when its deadline ends; None: nobody wants to know.
             log: for each verdict at level debug.
         """
         self._station, self._boot = station, boot
@@ -184,8 +184,7 @@ class Publishing:
                 self._recent.append((entry.sequence, entry.body))
             entry.sent = True
             if self._passed is not None and inspection.outcome is Outcome.OK:
-                late = entry.due_ns is not None and time.monotonic_ns() > entry.due_ns + entry.margin_ns
-                self._passed(entry.sequence, late)
+                self._passed(entry.sequence, None if entry.due_ns is None else entry.due_ns + entry.margin_ns)
         self.last_sent_ns = time.monotonic_ns()
         inspected = inspection.outcome is not Outcome.INVALID
         self._ledger.done(entry, msgspec.structs.astuple(latency) if inspected else None)

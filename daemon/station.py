@@ -220,10 +220,10 @@ class Station:
         return Archive(keep, state / "captures", self._ledger, self.events)
 
     def _make_passing(self) -> Passing:
-        return Passing(lambda: self._camera.signal_pass(), self.events)
+        return Passing(lambda until_ns: self._camera.signal_pass(until_ns), self.events)
 
-    def _ask_to_pass(self, sequence: int, late: bool) -> None:
-        self._passing.passed(sequence, late)  # the present one: a hung one is replaced
+    def _ask_to_pass(self, sequence: int, due_ns: int | None) -> None:
+        self._passing.passed(sequence, due_ns)  # the present one: a hung one is replaced
 
     def _make_publishing(self, context: Context) -> Publishing:
         config = self._config

@@ -114,10 +114,11 @@ class Camera(Protocol):
         """Fire one trigger. Raises CameraLost."""
         ...
 
-    def signal_pass(self) -> None:
+    def signal_pass(self, until_ns: int) -> None:
         """Pulse the output line for a part that is OK, until the pulse is over; nothing where none is configured.
 
-        Called by another thread than the one that grabs. Raises CameraError when the line cannot be driven.
+        Called by another thread than the one that grabs. Raises CameraError when the line cannot be driven, or not
+        begin its pulse before `until_ns` (`time.monotonic_ns`): it would pass another part.
         """
         ...
 

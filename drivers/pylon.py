@@ -287,7 +287,7 @@ class PylonCamera:
         self._count += len(frames)
         return frames
 
-    def signal_pass(self) -> None:
+    def signal_pass(self, until_ns: int) -> None:
         """Pulse the output line; raises CameraLost while the camera is away."""
         line = self._pass_line
         if line is None:
@@ -295,9 +295,12 @@ class PylonCamera:
                 raise CameraLost("the camera is away")
             return
         with self._lost():
-            line.pulse()
+            line.pulse(until_ns)
 
     def _check_usable(self) -> None:
+        if self._pass_line is not None and self._pass_line.stuck is not None:
+            # It passes whatever comes until it is off, as opening the camera leaves it.
+            self._lost_because = f"the output line could not be switched off: {_first_line(self._pass_line.stuck)}"
         if self._camera is None or self._lost_because:
             raise CameraLost(self._lost_because or "the camera is not open")
         if self._options.frames is not None and self._count >= self._options.frames:

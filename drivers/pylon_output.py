@@ -16,8 +16,8 @@ from pydantic import Field
 from drivers.camera import CameraLost, Options
 
 _SIGNAL = "SoftwareSignal1"
-_TOO_LATE_S = 0.1
-"""A line that is energised so long after it was asked to would pass another part."""
+_AGAIN_S = 0.01
+"""Between two tries to switch a line off."""
 
 
 class PassOutput(Options):
@@ -38,6 +38,9 @@ class PassLine:
     daemon is back and has switched it off.
     """
 
+    stuck: Exception | None = None
+    """Why the line could not be switched off, since when nothing may pass and the camera has to be opened anew."""
+
     def __init__(self, camera: Any, options: PassOutput) -> None:
         """Set the line up, switched off. Raises GenericException for what the camera refuses."""
         self._camera, self._options = camera, options
@@ -45,55 +48,58 @@ class PassLine:
         self._closed = False
         from pypylon import genicam
 
-        signal = camera.GetNodeMap().GetNode("SoftwareSignalPulse")
-        self.timed_by_camera = signal is not None and genicam.IsImplemented(signal)
+        self._genicam = genicam
+        self.timed_by_camera = self._has("SoftwareSignalPulse")
         camera.LineSelector.Value = options.line
         camera.LineMode.Value = "Output"
+        # Left over in the camera it would energise the line whenever there is no pulse.
+        if self._has("LineInverter"):
+            camera.LineInverter.Value = False
         if self.timed_by_camera:
             camera.TimerSelector.Value = "Timer1"
             camera.TimerTriggerSource.Value = _SIGNAL
             camera.TimerDuration.Value = options.pulse_ms * 1000
+            if self._has("TimerDelay"):
+                camera.TimerDelay.Value = 0
             camera.SoftwareSignalSelector.Value = _SIGNAL
             camera.LineSource.Value = "Timer1Active"
         else:
             camera.UserOutputSelector.Value = options.user_output
-            self._set(False)
+            self._switch_off()
             camera.LineSource.Value = options.user_output
 
-    def pulse(self) -> None:
+    def pulse(self, until_ns: int) -> None:
         """Energise the line for its pulse; returns when it is over.
 
-        Raises CameraLost where the camera was closed before its end, or does not answer in time.
+        Raises CameraLost where the camera was closed before its end, or does not begin it before `until_ns`
+        (`time.monotonic_ns`), and GenericException for what it refuses.
         """
-        asked_s = time.monotonic()
-        if self.timed_by_camera:
-            with self._using(_TOO_LATE_S):
+        with self._using(until_ns):
+            if self.timed_by_camera:
                 self._camera.SoftwareSignalPulse.Execute()
-            time.sleep(self._options.pulse_ms / 1000)
-            return
-        with self._using(_TOO_LATE_S):
-            try:
-                self._set(True)
-                if time.monotonic() - asked_s > _TOO_LATE_S:
-                    raise CameraLost("the output line answered too late")
-            except BaseException:
-                self._set(False)
-                raise
-        try:
-            time.sleep(self._options.pulse_ms / 1000)
-        finally:
+                _check_in_time(until_ns)
+            else:
+                try:
+                    self._set(True)
+                    _check_in_time(until_ns)
+                except BaseException:
+                    self._switch_off()
+                    raise
+        time.sleep(self._options.pulse_ms / 1000)
+        if not self.timed_by_camera:
             with self._using():
-                self._set(False)
+                self._switch_off()
 
     def close(self) -> None:
         """Switch the line off and leave the camera alone from now on. Raises GenericException where it is gone."""
         with self._using():
             self._closed = True
             if not self.timed_by_camera:
-                self._set(False)
+                self._switch_off()
 
     @contextlib.contextmanager
-    def _using(self, wait_s: float = -1) -> Iterator[None]:
+    def _using(self, until_ns: int | None = None) -> Iterator[None]:
+        wait_s = -1 if until_ns is None else max(0, until_ns - time.monotonic_ns()) / 1e9
         if not self._in_use.acquire(timeout=wait_s):
             raise CameraLost("the output line does not answer")
         try:
@@ -103,5 +109,21 @@ class PassLine:
         finally:
             self._in_use.release()
 
+    def _switch_off(self) -> None:
+        try:
+            self._set(False)
+        except self._genicam.GenericException as error:
+            self.stuck = error
+            raise
+
     def _set(self, on: bool) -> None:
         self._camera.UserOutputValue.Value = on
+
+    def _has(self, name: str) -> bool:
+        node = self._camera.GetNodeMap().GetNode(name)
+        return node is not None and self._genicam.IsImplemented(node)
+
+
+def _check_in_time(until_ns: int) -> None:
+    if time.monotonic_ns() > until_ns:
+        raise CameraLost("the output line answered too late")

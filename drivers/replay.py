@@ -205,7 +205,7 @@ class ReplayCamera:
     def fire(self) -> None:
         """Do nothing: files take no triggers."""
 
-    def signal_pass(self) -> None:
+    def signal_pass(self, until_ns: int) -> None:
         """Do nothing: there is no output line."""
 
     def close(self) -> None:

@@ -267,7 +267,7 @@ class SyntheticCamera:
             )
         ]
 
-    def signal_pass(self) -> None:
+    def signal_pass(self, until_ns: int) -> None:
         """Do nothing: there is no output line."""
 
     def close(self) -> None:

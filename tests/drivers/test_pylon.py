@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 
 import cv2
 import numpy as np
 import pytest
 
-from drivers import pylon_output
 from drivers.camera import CameraError, CameraLost, DriverMissing, EndOfStream, Fires
 from drivers.counter import BlockIdCounter
 from drivers.frame import FrameStatus, PixelFormat
@@ -243,15 +243,18 @@ def test_a_missing_library_names_the_extra(monkeypatch):
         PylonCamera(PylonOptions(driver="pylon"))
 
 
-def test_the_output_line_is_energised_for_one_pulse_and_never_latched(opened, monkeypatch):
-    monkeypatch.setattr(pylon_output, "_TOO_LATE_S", 60)
+def soon_ns(s=60):
+    return time.monotonic_ns() + int(s * 1e9)
+
+
+def test_the_output_line_is_energised_for_one_pulse_and_never_latched(opened):
     camera = opened(pass_output={"line": "Line3", "user_output": "UserOutput2", "pulse_ms": 30})
     device, seen = camera._camera, []
     assert (device.LineSelector.Value, device.LineMode.Value) == ("Line3", "Output")
     assert device.LineSource.Value == "UserOutput2"
     assert device.UserOutputValue.Value is False, "off until a part is OK"
     camera._pass_line._options = PassOutput(pulse_ms=2000)
-    signal = threading.Thread(target=camera.signal_pass)
+    signal = threading.Thread(target=camera.signal_pass, args=(soon_ns(),))
     signal.start()
     while signal.is_alive():
         seen.append(device.UserOutputValue.Value)
@@ -259,19 +262,18 @@ def test_the_output_line_is_energised_for_one_pulse_and_never_latched(opened, mo
     assert device.UserOutputValue.Value is False
     camera.close()
     with pytest.raises(CameraLost, match="away"):
-        camera.signal_pass()
+        camera.signal_pass(soon_ns())
 
 
 def test_closing_ends_a_pulse_and_nothing_touches_the_device_after_it(opened, monkeypatch):
     camera = opened(pass_output={"line": "Line3", "pulse_ms": 2000})
     device, line, switched, lost = camera._camera, camera._pass_line, [], []
     switch = PassLine._set
-    monkeypatch.setattr(pylon_output, "_TOO_LATE_S", 60)
     monkeypatch.setattr(PassLine, "_set", lambda self, on: (switch(self, on), switched.append(on)))
 
     def pulse():
         try:
-            camera.signal_pass()
+            camera.signal_pass(soon_ns())
         except CameraLost as error:
             lost.append(str(error))
 
@@ -284,13 +286,14 @@ def test_closing_ends_a_pulse_and_nothing_touches_the_device_after_it(opened, mo
     signal.join()
     assert lost == ["the camera was closed"]
     with pytest.raises(CameraLost, match="closed"):
-        line.pulse()  # asked for just before the camera went
+        line.pulse(soon_ns())  # asked for just before the camera went
     assert switched == [True, False]
 
 
 def test_a_pulse_behind_a_hung_one_is_not_given_late(opened, monkeypatch):
     camera, switched, lost = opened(pass_output={"line": "Line3", "pulse_ms": 1}), [], []
     switch, hangs, let_go = PassLine._set, threading.Event(), threading.Event()
+    until_ns = soon_ns(0.2)
 
     def hang(self, on):
         switched.append(on)
@@ -301,7 +304,7 @@ def test_a_pulse_behind_a_hung_one_is_not_given_late(opened, monkeypatch):
 
     def pulse():
         with pytest.raises(CameraLost) as caught:
-            camera.signal_pass()
+            camera.signal_pass(until_ns)
         lost.append(str(caught.value))
 
     monkeypatch.setattr(PassLine, "_set", hang)
@@ -309,9 +312,36 @@ def test_a_pulse_behind_a_hung_one_is_not_given_late(opened, monkeypatch):
     signal.start()
     assert hangs.wait(60)
     with pytest.raises(CameraLost, match="does not answer"):
-        camera.signal_pass()
+        camera.signal_pass(until_ns)
     let_go.set()
     signal.join()
     assert lost == ["the output line answered too late"]
     assert switched == [True, False], "switched off at once, and by nobody else"
     assert camera._camera.UserOutputValue.Value is False
+
+
+@pytest.mark.parametrize("refused", [[False], [True, False]])
+def test_a_line_that_cannot_be_switched_off_costs_the_camera_until_it_is(opened, monkeypatch, refused):
+    """Else it would pass whatever comes: energised, or perhaps energised where that call failed, too."""
+    from pypylon import genicam
+
+    camera, left, switch = opened(pass_output={"line": "Line3", "pulse_ms": 1}), list(refused), PassLine._set
+
+    def refuse(self, on):
+        switch(self, on)  # the camera obeys the first order, and its answer is lost
+        if left and left[0] == on:
+            left.pop(0)
+            switch(self, True)
+            raise genicam.GenericException("no answer")
+
+    monkeypatch.setattr(PassLine, "_set", refuse)
+    with pytest.raises(CameraLost, match="no answer"):
+        camera.signal_pass(soon_ns())
+    assert camera._camera.UserOutputValue.Value is True
+    with pytest.raises(CameraLost, match="could not be switched off: no answer"):
+        camera.grab(10)
+    camera.close()
+    camera.open()
+    assert camera._camera.UserOutputValue.Value is False
+    assert camera.grab(10)
+    camera.signal_pass(soon_ns())

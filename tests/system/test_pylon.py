@@ -138,8 +138,8 @@ def test_only_ok_parts_get_a_pass_pulse(tiny_bundle, tmp_path, threshold):
     pulses = []
 
     class Spied(PylonCamera):
-        def signal_pass(self):
-            super().signal_pass()
+        def signal_pass(self, until_ns):
+            super().signal_pass(until_ns)
             pulses.append(self)
 
     options = PylonOptions(**{**EMULATED, "frames": 8, "pass_output": {"line": "Line3", "pulse_ms": 1}})
