@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -27,6 +28,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def on_as_default(value: Any) -> Any:
+    """Take `on` for a section with all its defaults, as `off` stands for none."""
+    return {} if value is True else value
+
+
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 Endpoints = Annotated[list[Endpoint], BeforeValidator(_as_list), Field(min_length=1)]
 
@@ -37,7 +43,7 @@ Loaded = TypeVar("Loaded", bound=BaseModel)
 class Section(BaseModel):
     """A part of the configuration; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PublishConfig(Section):
@@ -60,9 +66,11 @@ class JournalConfig(Section):
     """The SQLite file that gets every verdict before it is published."""
 
     path: Path | None = Field(default=None, description="None: journal.sqlite in the state folder")
-    keep_days: float = Field(default=400, gt=0)
+    keep_days: float = Field(default=400, gt=0, le=36_500)
     max_mib: int = Field(default=4096, ge=1)
-    wait_ms: float = Field(default=50, ge=0, description="how long a verdict waits for it, deadline permitting")
+    wait_ms: float = Field(
+        default=50, ge=0, le=60_000, description="how long a verdict waits for it, deadline permitting"
+    )
 
 
 class ControlConfig(Section):
@@ -81,12 +89,12 @@ class SecurityConfig(Section):
 class Addresses(BaseModel):
     """Where a station's own files and sockets are; all that a client needs of a configuration."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     station: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}$")
     publish: PublishConfig = PublishConfig()
     state_dir: Path | None = None
-    journal: JournalConfig | Literal[False] = JournalConfig()
+    journal: Annotated[JournalConfig | Literal[False], BeforeValidator(on_as_default)] = JournalConfig()
     control: ControlConfig = ControlConfig()
     security: SecurityConfig = SecurityConfig()
 
@@ -98,6 +106,12 @@ class Addresses(BaseModel):
     def control_endpoints(self) -> list[str]:
         """Return where commands are taken."""
         return self.control.endpoints or [f"ipc://{self.runtime_folder().absolute() / 'control.sock'}"]
+
+    def control_address(self) -> str:
+        """Return where a client on this machine connects to give commands."""
+        endpoints = self.control_endpoints()
+        nearest = next((endpoint for endpoint in endpoints if endpoint.startswith("ipc://")), endpoints[0])
+        return nearest.replace("tcp://*:", "tcp://127.0.0.1:")
 
     def replay_endpoints(self) -> list[str]:
         """Return where verdicts can be had again."""
@@ -137,6 +151,24 @@ def load(path: Path, kind: type[Loaded]) -> tuple[Document, Loaded]:
     if not isinstance(document.data, dict):
         raise ConfigError(f"{path}:1: expected keys and values (station, camera, model …)")
     try:
-        return document, kind.model_validate(document.data)
+        config = kind.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError(describe_problems(document, kind, error)) from error
+    misread = [
+        f"{path}:{document.line_of(location)}: {'.'.join(location)}: input should be a number (given: "
+        f"{'yes, on or true' if value else 'no, off or false'})"
+        for location, value in _truths_for_numbers(document.data, config)
+    ]
+    if misread:
+        raise ConfigError("\n".join(misread))
+    return document, config
+
+
+def _truths_for_numbers(data: Mapping[str, Any], config: BaseModel) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Find where yes or no was taken for 1 or 0, with the path to it."""
+    for name, value in data.items():
+        taken = getattr(config, name, None)
+        if isinstance(value, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+            yield (name,), value
+        elif isinstance(value, Mapping) and isinstance(taken, BaseModel):
+            yield from (((name, *below), truth) for below, truth in _truths_for_numbers(value, taken))

@@ -159,6 +159,7 @@ class Archive:
         """Ask for the next judged frame, as it is or in colour with its anomaly map laid over it."""
         wanted = _Snapshot(overlay)
         with self._changed:
+            self._snapshots = [s for s in self._snapshots if not s.taken.cancelled()]
             self._snapshots.append(wanted)
         return wanted.taken
 
@@ -269,9 +270,10 @@ class Archive:
             self.bytes + bytes_needed > keep.quota_bytes
             or _free_bytes(keep.folder) < keep.reserve_bytes + bytes_needed
         ):
-            paths, size = self._kept.popleft()
+            paths, size = self._kept[0]
             for path in paths:
                 path.unlink(missing_ok=True)
+            self._kept.popleft()  # now that it is gone: a disk that refused would leave its bytes counted for ever
             self.bytes -= size
             with contextlib.suppress(OSError):  # other images are still in it, or somebody has tidied up
                 paths[0].parent.rmdir()

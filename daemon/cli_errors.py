@@ -51,6 +51,7 @@ EXIT_CODES = {
             "daemon.sockets.EndpointError",
             "daemon.station.StationFailed",
             "drivers.camera.CameraError",
+            "pipeline.engines.DeviceAbsent",
         ),
         EXIT_FAILED,
     ),

@@ -162,10 +162,11 @@ class Subscription:
         while not self._ready:
             left_ms = _LOOK_UP_MS
             if deadline_s is not None:
-                left_ms = min(left_ms, int((deadline_s - time.monotonic()) * 1000))
-                if left_ms <= 0:
-                    return None
-            for socket, _ in self._poller.poll(left_ms):
+                left_ms = min(left_ms, max(0, int((deadline_s - time.monotonic()) * 1000)))
+            heard = self._poller.poll(left_ms)
+            if not heard and left_ms == 0:
+                return None
+            for socket, _ in heard:
                 if socket is self._live:
                     self._take_live()
                 else:

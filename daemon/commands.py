@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ import msgspec
 from daemon.acquisition import Line
 from daemon.archive import Archive, Taken
 from daemon.events import EventKind, Events
-from daemon.journal import Journal, Query, read_journal
+from daemon.journal import Journal, NoJournal, Query, read_journal
 from daemon.ledger import Entry, Ticket
 from daemon.messages import HealthMessage
 from daemon.publishing import Publishing
@@ -97,11 +98,10 @@ class Commands:
         """Yield what journal and memory hold of a range, in order. Raises JournalError."""
         found = dict(self._publishing.recent(first, last))
         # Memory first: a journal that cannot be read must not keep what is there from those who ask.
-        if self._journal is not None and len(found) < last - first + 1 and self._journal.path.is_file():
-            found = {
-                **dict(read_journal(self._journal.path, Query(first_sequence=first, last_sequence=last))),
-                **found,
-            }
+        if self._journal is not None and len(found) < last - first + 1:
+            query = Query(first_sequence=first, last_sequence=last)
+            with contextlib.suppress(NoJournal):  # nothing was written yet
+                found = {**dict(read_journal(self._journal.path, query)), **found}
         yield from sorted(found.items())
 
     def _trigger(self, command: Trigger) -> Answer:
@@ -141,7 +141,10 @@ class Commands:
                     found = {"sequence": sequence, "bytes": len(png), "pixel_format": fmt.value}
                     answer.set_result(Answer(found, png))
 
-        self._archive.snapshot(overlay=command.overlay).add_done_callback(taken)
+        snapshot = self._archive.snapshot(overlay=command.overlay)
+        snapshot.add_done_callback(taken)
+        # Nobody waits for it any more: no part's image needs to be encoded for it.
+        answer.add_done_callback(lambda answered: snapshot.cancel() if answered.cancelled() else None)
         return answer
 
     def _capture(self, command: Capture) -> Answer:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 
-from daemon.addresses import Addresses, Section, load
+from daemon.addresses import Addresses, Section, load, on_as_default
 from daemon.yaml_errors import ConfigError
 from drivers.catalog import CameraOptions
 from pipeline.bundle import MANIFEST, Bundle
@@ -78,7 +78,7 @@ class SupervisionConfig(Section):
     """When something counts as hung, and how fast the camera should be."""
 
     hang_s: float = Field(
-        default=15, ge=0.2, description="a call into the driver or the engine that takes longer hangs"
+        default=15, ge=0.2, le=3600, description="a call into the driver or the engine that takes longer hangs"
     )
     min_rate_fps: float | None = Field(default=None, gt=0, description="health says rate_ok: false below it")
 
@@ -95,7 +95,7 @@ class LogConfig(Section):
 class StationConfig(Addresses):
     """One station: one camera, one model, one stream of verdicts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     camera: CameraOptions
     model: Annotated[Path, AfterValidator(_check_bundle)]
@@ -105,7 +105,7 @@ class StationConfig(Addresses):
     )
     threads: int | None = Field(default=None, ge=1, le=256, description="of the CPU engine; None: all cores")
     pin_threads: bool = Field(default=False, description="bind each of them to a core")
-    threshold: float | None = Field(default=None, allow_inf_nan=False, description="instead of the bundle's")
+    threshold: float | None = Field(default=None, description="instead of the bundle's")
     plausible: PlausibleConfig = PlausibleConfig()
     on_overload: Literal["wait", "invalid"] | None = Field(
         default=None, description="when every slot is taken; None: invalid for live cameras, else wait"
@@ -114,7 +114,7 @@ class StationConfig(Addresses):
         default=4, ge=3, le=256, description="frames in the ring, the judged one and its predecessor included"
     )
     verdict: VerdictConfig = VerdictConfig()
-    images: ImagesConfig | Literal[False] = ImagesConfig()
+    images: Annotated[ImagesConfig | Literal[False], BeforeValidator(on_as_default)] = ImagesConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     log: LogConfig = LogConfig()
 

@@ -49,6 +49,10 @@ class JournalError(Exception):
     """The journal cannot be read; the message names the file and says why."""
 
 
+class NoJournal(JournalError):
+    """There is no journal to be read."""
+
+
 def _held_lock() -> threading.Lock:
     lock = threading.Lock()
     lock.acquire()
@@ -357,9 +361,16 @@ class Query:
 
 
 def read_journal(path: Path, query: Query) -> Iterator[tuple[int, bytes]]:
-    """Yield (sequence, body) in the order of sequence, also while a daemon writes. Raises JournalError."""
-    if not path.is_file():
-        raise JournalError(f"{path.absolute()}: no journal there")
+    """Yield (sequence, body) in the order of sequence, also while a daemon writes.
+
+    Raises NoJournal where there is none, and JournalError where it cannot be read.
+    """
+    try:
+        found = path.is_file()
+    except OSError as error:  # of a disk or a share that is not well
+        raise JournalError(f"{path.absolute()}: {error.strerror}") from error
+    if not found:
+        raise NoJournal(f"{path.absolute()}: no journal there")
     conditions: list[str] = ["sequence >= ?"]
     values: list[int | str] = []
     named: tuple[tuple[str, int | str | None], ...] = (

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import AF_UNIX
+from socket import socket as stream_socket
 
 import zmq
 
@@ -95,7 +97,7 @@ def _bind(socket: Socket, wanted: Bound, security: Security) -> None:
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            _bind_patiently(socket, endpoint)
+            _bind_patiently(socket, endpoint, path)
             if path is not None:
                 path.chmod(_SOCKET_MODE)
         except zmq.ZMQError as error:
@@ -105,17 +107,25 @@ def _bind(socket: Socket, wanted: Bound, security: Security) -> None:
             raise EndpointError(f"{wanted.key}: cannot bind {endpoint}: {error}") from error
 
 
-def _bind_patiently(socket: Socket, endpoint: str) -> None:
+def _bind_patiently(socket: Socket, endpoint: str, path: Path | None) -> None:
     """Bind; an address that our own closing socket still holds is free again in a moment."""
     deadline_s = time.monotonic() + _FREE_AGAIN_S
     while True:
         try:
+            if path is not None and _is_served(path):  # ZeroMQ would take the file away from whoever has it
+                raise zmq.ZMQError(errno.EADDRINUSE)
             socket.bind(endpoint)
             return
         except zmq.ZMQError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline_s:
                 raise
         time.sleep(_FREE_AGAIN_S / 50)
+
+
+def _is_served(path: Path) -> bool:
+    """Tell whether anyone accepts connections at a local socket's file."""
+    with stream_socket(AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def _ipc_path(endpoint: str) -> Path | None:

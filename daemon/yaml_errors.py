@@ -87,6 +87,8 @@ def describe_problems(document: Document, model: type[BaseModel], error: Validat
     """Write one line `FILE:LINE: KEY: what is wrong, what is allowed` for each of pydantic's complaints."""
     found = []
     for problem in error.errors(include_url=False):
+        if problem["type"] == "literal_error" and isinstance(problem["input"], Mapping):
+            continue  # a section is not `off`; what is wrong within it is a problem of its own
         location = _without_tags(document.data, problem["loc"])
         line = document.line_of(location)
         message = _message(problem, model, document.data)
@@ -139,7 +141,8 @@ def _allowed_keys(model: type[BaseModel], location: Sequence[int | str]) -> list
             here = tagged
             continue
         fields = [m.model_fields[part] for m in here if part in m.model_fields]
-        here = [m for field in fields for m in _models_in(field)]
+        if fields:  # else it is the name of a union's member
+            here = [m for field in fields for m in _models_in(field)]
     return sorted({name for m in here for name in m.model_fields})
 
 

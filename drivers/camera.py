@@ -32,7 +32,7 @@ class DriverMissing(Exception):
 class Options(BaseModel):
     """Base of every driver's options: unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)

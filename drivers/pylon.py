@@ -223,14 +223,16 @@ class PylonCamera:
                 if isinstance(node, self._genicam.ICommand):
                     node.Execute()
                 elif isinstance(node, self._genicam.IInteger):
-                    node.SetValue(int(value))
+                    node.SetValue(_whole_number(value))
                 elif isinstance(node, self._genicam.IFloat):
-                    node.SetValue(float(value))
+                    node.SetValue(_number(value))
                 elif isinstance(node, self._genicam.IBoolean):
-                    node.SetValue(bool(value))
+                    node.SetValue(_truth(value))
+                elif isinstance(value, bool):  # as YAML reads an enumeration's Off and On
+                    node.FromString("On" if value else "Off")
                 else:
                     node.FromString(str(value))
-            except self._genicam.GenericException as error:
+            except (self._genicam.GenericException, TypeError, ValueError, OverflowError) as error:
                 raise CameraError(f"{option}: {value!r} was refused by {name}: {_first_line(error)}") from error
             written = True
         if not written:
@@ -416,6 +418,25 @@ def _genicam_name(camera: Any, pixel_format: PixelFormat) -> str | None:
         if _GENICAM_ALIASES.get(name, name) == pixel_format.value:
             return str(name)
     return None
+
+
+def _whole_number(value: float | str) -> int:
+    number = _number(value)
+    if not number.is_integer():
+        raise TypeError("it wants a whole number")
+    return int(value)
+
+
+def _number(value: float | str) -> float:
+    if isinstance(value, bool):
+        raise TypeError("it wants a number")
+    return float(value)
+
+
+def _truth(value: float | str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("it wants true or false")
+    return value
 
 
 def _first_line(error: Exception) -> str:

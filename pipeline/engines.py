@@ -21,6 +21,10 @@ class EngineUnavailable(Exception):
     """The configured engine cannot be had on this machine; the message says what to do."""
 
 
+class DeviceAbsent(EngineUnavailable):
+    """The GPU that was asked for is not there; after a start of the machine perhaps not yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
     """Which engine was made and why."""
@@ -112,7 +116,7 @@ def resolve_device(wanted: DeviceChoice) -> tuple[bool, str]:
     no_driver = _why_no_driver() if wanted == "auto" else None
     missing = None if wanted == "cpu" else no_driver or _why_no_cuda()
     if missing is not None and wanted == "cuda":
-        raise EngineUnavailable(f"device: cuda was asked for, but {missing}")
+        raise DeviceAbsent(f"device: cuda was asked for, but {missing}")
     if wanted != "auto":
         return wanted == "cuda", "configured"
     return missing is None, missing or "a CUDA device was found"

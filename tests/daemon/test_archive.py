@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -180,6 +183,33 @@ def test_the_oldest_make_room_under_the_quota_also_those_of_an_earlier_run(setup
     assert second.bytes == sum(path.stat().st_size for path in files)
 
 
+def test_images_that_could_not_be_deleted_for_a_while_still_make_room_afterwards(setup, rng, monkeypatch):
+    make, judge, folder = setup
+    noise = rng.integers(0, 256, (100, 100), np.uint8)
+    archive = make()
+    for _ in range(3):
+        judge(archive, NG, noise)
+    wait_for(lambda: archive.kept == 3)
+    archive._keep = replace(archive._keep, quota_bytes=archive.bytes + archive.bytes // 6)
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+
+        def refuse(path, missing_ok=False):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+        patch.setattr(Path, "unlink", refuse)
+        for _ in range(5):
+            judge(archive, NG, noise)
+        wait_for(lambda: archive.dropped == 5)
+    assert Path.unlink is unlink
+    events = [message.data for _, message in archive._events._outbox.take()]
+    assert len([data for data in events if "Stale" in data.get("error", "")]) == 1, "said once"
+    judge(archive, NG, noise)
+    wait_for(lambda: archive.error is None and len(kept(folder / "images")) == 3)
+    assert kept(folder / "images")[-1] == "000000000009-NG"
+    assert archive.bytes == sum(p.stat().st_size for p in (folder / "images").rglob("*") if p.is_file())
+
+
 def test_a_disk_below_its_reserve_keeps_nothing_new_and_says_so(setup):
     make, judge, folder = setup
     archive = make(reserve_bytes=1 << 60)
@@ -223,6 +253,25 @@ def test_a_snapshot_with_its_map_needs_a_part_that_was_judged(setup, rng):
     judge(archive, None)
     with pytest.raises(NoMap, match="part 1 is INVALID and has no anomaly map"):
         future.result(60)
+
+
+def test_snapshots_that_nobody_waits_for_any_more_are_forgotten(setup):
+    make, judge, _ = setup
+    archive = make()
+    for _ in range(1000):
+        archive.snapshot().cancel()
+    future = archive.snapshot()
+    assert len(archive._snapshots) <= 2
+    judge(archive, OK)
+    assert future.result(60)[1] == 1
+
+
+def test_an_image_that_a_power_cut_left_empty_is_said_to_be_none(rng, tmp_path):
+    image = picture_of(PixelFormat.MONO8, rng)
+    write_picture(tmp_path / "1-NG", Picture(image, PixelFormat.MONO8, None, None), "png")
+    (tmp_path / "1-NG.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1-NG\.png is not a whole image in Mono8"):
+        read_picture(tmp_path / "1-NG.json")
 
 
 def test_a_capture_takes_the_next_good_frames_only(setup):

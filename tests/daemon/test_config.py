@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from daemon.addresses import load_addresses
 from daemon.config import load_config
 from daemon.yaml_errors import ConfigError
 
@@ -112,6 +113,18 @@ def test_broken_files(text, message, tmp_path):
     [
         (None, "threshold", float("nan"), "threshold: input should be a finite number"),
         (None, "threads", 0, "threads: input should be greater than or equal to 1"),
+        (None, "threshold", True, "threshold: input should be a number (given: yes, on or true)"),
+        ("verdict", "deadline_ms", True, "verdict.deadline_ms: input should be a number (given: yes, on or true)"),
+        ("plausible", "frozen_frames", False, "plausible.frozen_frames: input should be a number (given: no, off"),
+        ("journal", "keep_days", float("inf"), "journal.keep_days: input should be a finite number"),
+        ("journal", "keep_days", 1e6, "journal.keep_days: input should be less than or equal to 36500"),
+        (
+            "journal",
+            "keep_dayz",
+            1,
+            "journal.keep_dayz: unknown key; allowed here: keep_days, max_mib, path, wait_ms",
+        ),
+        ("supervision", "hang_s", float("inf"), "supervision.hang_s: input should be a finite number"),
         (None, "device", "gpu", "device: input should be 'auto', 'cpu' or 'cuda' (given: 'gpu')"),
         (None, "slots", "many", "slots: input should be a valid integer"),
         (None, "on_overload", "drop", "on_overload: input should be 'wait' or 'invalid'"),
@@ -124,7 +137,28 @@ def test_broken_files(text, message, tmp_path):
 )
 def test_impossible_values_name_what_is_allowed(good, tmp_path, section, key, value, message):
     (good.setdefault(section, {}) if section else good)[key] = value
-    assert message in complaint(tmp_path, good)
+    told = complaint(tmp_path, good)
+    assert message in told
+    assert "literal" not in told, "nobody wrote that"
+
+
+def test_on_is_a_section_with_its_defaults(good, tmp_path):
+    path = tmp_path / "station.yaml"
+    path.write_text(yaml.safe_dump(good))
+    plain = load_config(path)
+    path.write_text(yaml.safe_dump({**good, "journal": True, "images": True}))
+    assert load_config(path) == plain
+
+
+def test_a_client_on_this_machine_takes_an_address_that_can_be_connected_to(good, tmp_path):
+    path = tmp_path / "station.yaml"
+
+    def address(*endpoints):
+        path.write_text(yaml.safe_dump({**good, "control": {"endpoints": list(endpoints)}}))
+        return load_addresses(path).control_address()
+
+    assert address("tcp://*:5553") == "tcp://127.0.0.1:5553"
+    assert address("tcp://127.0.0.1:5553", "ipc:///tmp/c.sock") == "ipc:///tmp/c.sock"
 
 
 def test_options_of_one_driver_are_listed_when_another_ones_are_used(good, tmp_path):

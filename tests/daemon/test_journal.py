@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import resource
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import structlog
 
 from daemon.events import EventKind, Events, Outbox
-from daemon.journal import Journal, JournalError, Query, Record, Retention, read_journal
+from daemon.journal import Journal, JournalError, NoJournal, Query, Record, Retention, read_journal
 
 FOREVER = Retention(days=1e5, largest_bytes=1 << 40)
 
@@ -283,3 +285,15 @@ def test_it_can_be_read_while_it_is_written(journal):
         assert r.wait(30)
         if n % 50 == 0:
             assert numbers(made.path) == list(range(1, n + 1))
+
+
+def test_a_journal_on_a_disk_that_is_not_well_is_an_error_of_the_journal(tmp_path, monkeypatch):
+    def refuse(path, **_):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with pytest.raises(NoJournal, match="no journal there"):
+        list(read_journal(tmp_path / "journal.sqlite", Query()))
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(JournalError, match=r"journal\.sqlite: Stale file handle") as caught:
+        list(read_journal(tmp_path / "journal.sqlite", Query()))
+    assert not isinstance(caught.value, NoJournal)

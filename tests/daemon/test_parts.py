@@ -495,6 +495,14 @@ def test_a_daemon_whose_log_nobody_reads_can_end_with_an_error():
     assert "inspectord: the last words" in done.stderr.splitlines()
 
 
+def test_a_sign_that_the_terminal_does_not_know_ends_no_command():
+    code = "from daemon import cli; cli.app = lambda **_: print('0.5 –'); cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"0.5 ?\n")
+
+
 def test_a_slow_line_does_not_seem_to_stand_still_between_two_parts(monkeypatch):
     now_s = 1000.0
     monkeypatch.setattr("daemon.health.time.monotonic", lambda: now_s)

@@ -9,6 +9,7 @@ import zmq
 
 from daemon.keys import Security
 from daemon.serving import Answer, Serving
+from daemon.sockets import EndpointError
 
 _BODY = b"x" * 1000
 
@@ -102,3 +103,18 @@ def test_who_asks_again_is_not_sent_what_he_asked_before(served):
         assert (others, head["more"]) == ([], more)
     ask(client, "last", **{"from": 1, "to": 1})
     assert answer_to(client, "last") == ([], one_verdict("last"))
+
+
+def test_a_local_socket_that_another_station_serves_is_left_to_it(served, tmp_path):
+    _, connect = served
+    context = zmq.Context()
+    endpoint = f"ipc://{tmp_path / 'replay.sock'}"
+    second = Serving(
+        [], [endpoint], context=context, security=Security(None), controls=Held(), log=structlog.ReturnLogger()
+    )
+    with pytest.raises(EndpointError, match=r"replay\.sock: .*another station or program has it"):
+        second.run()
+    context.term()
+    client = connect()
+    ask(client, "still", **{"from": 1, "to": 1})
+    assert answer_to(client, "still") == ([], one_verdict("still"))

@@ -201,6 +201,11 @@ def test_image_folders_are_played_with_their_colours(opened, tmp_path):
         camera.close()
 
 
+def test_off_and_on_are_words_to_a_camera_and_truths_to_yaml(opened):
+    camera = opened(features={"TestImageSelector": False, "ImageFileMode": True})
+    assert (camera._camera.TestImageSelector.Value, camera._camera.ImageFileMode.Value) == ("Off", "On")
+
+
 def test_frames_limit_ends_the_stream(opened):
     camera = opened(trigger="software", frames=3)
     some_frames(camera, 3)
@@ -214,6 +219,16 @@ def test_frames_limit_ends_the_stream(opened):
         ({"serial": "42"}, "no camera with serial '42'; connected: .*0815-0000"),
         ({}, "several cameras are connected; choose one by serial"),
         ({"serial": "0815-0000", "features": {"Warp": 1}}, r"features\.Warp: this camera has no feature Warp"),
+        ({"serial": "0815-0000", "features": {"Width": "two"}}, r"features\.Width: 'two' was refused by Width"),
+        (
+            {"serial": "0815-0000", "features": {"Width": 100.9}},
+            r"features\.Width: 100\.9 .* it wants a whole number",
+        ),
+        ({"serial": "0815-0000", "features": {"Width": True}}, r"features\.Width: True .* it wants a number"),
+        (
+            {"serial": "0815-0000", "features": {"ReverseX": "false"}},
+            "'false' was refused .* it wants true or false",
+        ),
         ({"serial": "0815-0000", "exposure_us": 1e12}, "exposure_us: .* was refused by ExposureTime"),
     ],
 )

@@ -281,8 +281,10 @@ def test_a_subscriber_that_comes_late_reads_everything_from_the_journal(line):
     with Subscription(bench.verdict_endpoint, replay_endpoint(bench), "bench", start=1) as subscription:
         numbers = []
         while len(numbers) < 640:
-            verdict = subscription.next_verdict(60)
-            numbers.append(verdict["sequence"])
+            # As one who looks in between, in a cycle of his own, and as one who waits.
+            verdict = subscription.next_verdict(0 if len(numbers) < 320 else 60)
+            if verdict is not None:
+                numbers.append(verdict["sequence"])
     assert numbers == list(range(1, 641))
     bench.stop()
 
