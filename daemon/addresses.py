@@ -109,9 +109,7 @@ class Addresses(BaseModel):
 
     def control_address(self) -> str:
         """Return where a client on this machine connects to give commands."""
-        endpoints = self.control_endpoints()
-        nearest = next((endpoint for endpoint in endpoints if endpoint.startswith("ipc://")), endpoints[0])
-        return nearest.replace("tcp://*:", "tcp://127.0.0.1:")
+        return self.control_endpoints()[0].replace("tcp://*:", "tcp://127.0.0.1:")
 
     def replay_endpoints(self) -> list[str]:
         """Return where verdicts can be had again."""
@@ -164,10 +162,10 @@ def load(path: Path, kind: type[Loaded]) -> tuple[Document, Loaded]:
     return document, config
 
 
-def _truths_for_numbers(data: Mapping[str, Any], config: BaseModel) -> Iterator[tuple[tuple[str, ...], bool]]:
+def _truths_for_numbers(data: Mapping[Any, Any], config: BaseModel) -> Iterator[tuple[tuple[str, ...], bool]]:
     """Find where yes or no was taken for 1 or 0, with the path to it."""
     for name, value in data.items():
-        taken = getattr(config, name, None)
+        taken = getattr(config, name, None) if isinstance(name, str) else None
         if isinstance(value, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
             yield (name,), value
         elif isinstance(value, Mapping) and isinstance(taken, BaseModel):

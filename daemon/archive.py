@@ -29,6 +29,9 @@ _WAITING_BYTES = 256 << 20
 _VERDICT_WITHIN_S = 10.0
 _OURS = re.compile(r"\d{4}-\d{2}-\d{2}/\d{12}-(OK|NG|INVALID)\.(png|jpg|npy|json)")
 
+_TRIES = 32
+"""Old images that are tried in turn where the disk does not let one go."""
+
 
 class Taken(NamedTuple):
     """A snapshot."""
@@ -270,14 +273,28 @@ class Archive:
             self.bytes + bytes_needed > keep.quota_bytes
             or _free_bytes(keep.folder) < keep.reserve_bytes + bytes_needed
         ):
+            self._delete_oldest()
+        self._check_reserve(keep.folder, bytes_needed)
+
+    def _delete_oldest(self) -> None:
+        """Delete the oldest image that the disk lets go of. Raises OSError when it is none of the oldest."""
+        refused: OSError | None = None
+        for _ in range(min(len(self._kept), _TRIES)):
             paths, size = self._kept[0]
-            for path in paths:
-                path.unlink(missing_ok=True)
-            self._kept.popleft()  # now that it is gone: a disk that refused would leave its bytes counted for ever
+            try:
+                for path in paths:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                refused = error
+                self._kept.rotate(-1)  # it stays counted, and has its turn again
+                continue
+            self._kept.popleft()
             self.bytes -= size
             with contextlib.suppress(OSError):  # other images are still in it, or somebody has tidied up
                 paths[0].parent.rmdir()
-        self._check_reserve(keep.folder, bytes_needed)
+            return
+        if refused is not None:
+            raise OSError(f"old images cannot be deleted: {refused.strerror}") from refused
 
     def _check_reserve(self, folder: Path, bytes_needed: int) -> None:
         """Raise OSError when the disk has less room than what is left to others."""

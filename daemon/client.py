@@ -163,16 +163,15 @@ class Subscription:
             left_ms = _LOOK_UP_MS
             if deadline_s is not None:
                 left_ms = min(left_ms, max(0, int((deadline_s - time.monotonic()) * 1000)))
-            heard = self._poller.poll(left_ms)
-            if not heard and left_ms == 0:
-                return None
-            for socket, _ in heard:
+            for socket, _ in self._poller.poll(left_ms):
                 if socket is self._live:
                     self._take_live()
                 else:
                     self._take_replay()
             if self._request is not None and time.monotonic() - self._request[1] > _ANSWER_S:
                 self._ask()
+            if left_ms == 0 and not self._ready:
+                return None
         verdict = self._ready.popleft()
         self.boot = verdict["boot"]
         return verdict

@@ -366,11 +366,11 @@ def read_journal(path: Path, query: Query) -> Iterator[tuple[int, bytes]]:
     Raises NoJournal where there is none, and JournalError where it cannot be read.
     """
     try:
-        found = path.is_file()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoJournal(f"{path.absolute()}: no journal there") from None
     except OSError as error:  # of a disk or a share that is not well
         raise JournalError(f"{path.absolute()}: {error.strerror}") from error
-    if not found:
-        raise NoJournal(f"{path.absolute()}: no journal there")
     conditions: list[str] = ["sequence >= ?"]
     values: list[int | str] = []
     named: tuple[tuple[str, int | str | None], ...] = (

@@ -125,7 +125,8 @@ def _bind_patiently(socket: Socket, endpoint: str, path: Path | None) -> None:
 def _is_served(path: Path) -> bool:
     """Tell whether anyone accepts connections at a local socket's file."""
     with stream_socket(AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) in (0, errno.EAGAIN)  # EAGAIN: so many wait already
 
 
 def _ipc_path(endpoint: str) -> Path | None:

@@ -87,8 +87,8 @@ def describe_problems(document: Document, model: type[BaseModel], error: Validat
     """Write one line `FILE:LINE: KEY: what is wrong, what is allowed` for each of pydantic's complaints."""
     found = []
     for problem in error.errors(include_url=False):
-        if problem["type"] == "literal_error" and isinstance(problem["input"], Mapping):
-            continue  # a section is not `off`; what is wrong within it is a problem of its own
+        if problem["type"] == "literal_error" and problem["ctx"]["expected"] == "False":
+            continue  # a section that is not `off`: what is wrong with it as a section is said as well
         location = _without_tags(document.data, problem["loc"])
         line = document.line_of(location)
         message = _message(problem, model, document.data)

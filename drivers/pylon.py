@@ -135,7 +135,9 @@ class PylonCamera:
         self._failed_in_a_row, self._lost_because = 0, None
         self._heard_s = time.monotonic()
         if options.pass_output is not None:
-            self._pass_line = PassLine(camera, options.pass_output)
+            self._pass_line = PassLine(
+                camera, options.pass_output, inverter_configured="LineInverter" in options.features
+            )
         camera.MaxNumBuffer.Value = _BUFFERS + _LENT_BUFFERS
         self._start_grabbing()
         return CameraInfo(
@@ -434,9 +436,10 @@ def _number(value: float | str) -> float:
 
 
 def _truth(value: float | str) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("it wants true or false")
-    return value
+    truth = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if truth is None:
+        raise ValueError("it wants true or false")
+    return truth
 
 
 def _first_line(error: Exception) -> str:

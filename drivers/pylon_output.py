@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
-from drivers.camera import CameraLost, Options
+from drivers.camera import CameraError, CameraLost, Options
 
 _SIGNAL = "SoftwareSignal1"
 _AGAIN_S = 0.01
@@ -39,10 +39,14 @@ class PassLine:
     """
 
     stuck: Exception | None = None
-    """Why the line could not be switched off, since when nothing may pass and the camera has to be opened anew."""
+    """Why the line could not be switched off: until it is, whatever comes would pass, and so nothing may."""
 
-    def __init__(self, camera: Any, options: PassOutput) -> None:
-        """Set the line up, switched off. Raises GenericException for what the camera refuses."""
+    def __init__(self, camera: Any, options: PassOutput, *, inverter_configured: bool) -> None:
+        """Set the line up, switched off.
+
+        Raises GenericException for what the camera refuses, and CameraError where the line is inverted, unless that
+        is what was configured.
+        """
         self._camera, self._options = camera, options
         self._in_use = threading.Lock()
         self._closed = False
@@ -52,20 +56,22 @@ class PassLine:
         self.timed_by_camera = self._has("SoftwareSignalPulse")
         camera.LineSelector.Value = options.line
         camera.LineMode.Value = "Output"
-        # Left over in the camera it would energise the line whenever there is no pulse.
-        if self._has("LineInverter"):
-            camera.LineInverter.Value = False
+        if not inverter_configured and self._has("LineInverter") and camera.LineInverter.Value:
+            raise CameraError(
+                f"pass_output: the camera inverts {options.line}, which would pass whenever there is no pulse; "
+                f"set features: {{LineSelector: {options.line}, LineInverter: false}}, or true if it is wired so"
+            )
         if self.timed_by_camera:
             camera.TimerSelector.Value = "Timer1"
             camera.TimerTriggerSource.Value = _SIGNAL
             camera.TimerDuration.Value = options.pulse_ms * 1000
-            if self._has("TimerDelay"):
+            if self._has("TimerDelay") and camera.TimerDelay.Value:
                 camera.TimerDelay.Value = 0
             camera.SoftwareSignalSelector.Value = _SIGNAL
             camera.LineSource.Value = "Timer1Active"
         else:
             camera.UserOutputSelector.Value = options.user_output
-            self._switch_off()
+            self._set(False)
             camera.LineSource.Value = options.user_output
 
     def pulse(self, until_ns: int) -> None:
@@ -74,28 +80,45 @@ class PassLine:
         Raises CameraLost where the camera was closed before its end, or does not begin it before `until_ns`
         (`time.monotonic_ns`), and GenericException for what it refuses.
         """
+        failed: Exception | None = None
         with self._using(until_ns):
-            if self.timed_by_camera:
-                self._camera.SoftwareSignalPulse.Execute()
-                _check_in_time(until_ns)
-            else:
-                try:
+            _check_in_time(until_ns)
+            if self.stuck is not None:
+                raise CameraLost("the output line cannot be switched off")
+            try:
+                if self.timed_by_camera:
+                    self._camera.SoftwareSignalPulse.Execute()
+                else:
                     self._set(True)
-                    _check_in_time(until_ns)
-                except BaseException:
-                    self._switch_off()
-                    raise
-        time.sleep(self._options.pulse_ms / 1000)
+                _check_in_time(until_ns)
+            except (CameraLost, self._genicam.GenericException) as error:
+                failed = error  # it may be energised all the same
+        if self.timed_by_camera or failed is None:
+            time.sleep(self._options.pulse_ms / 1000)
         if not self.timed_by_camera:
+            self._end_pulse()
+        if failed is not None:
+            raise failed
+
+    def _end_pulse(self) -> None:
+        """Switch off, again and again until the camera does it or is closed."""
+        while True:
             with self._using():
-                self._switch_off()
+                try:
+                    self._set(False)
+                except self._genicam.GenericException as error:
+                    self.stuck = error
+                else:
+                    self.stuck = None
+                    return
+            time.sleep(_AGAIN_S)
 
     def close(self) -> None:
         """Switch the line off and leave the camera alone from now on. Raises GenericException where it is gone."""
         with self._using():
             self._closed = True
             if not self.timed_by_camera:
-                self._switch_off()
+                self._set(False)
 
     @contextlib.contextmanager
     def _using(self, until_ns: int | None = None) -> Iterator[None]:
@@ -108,13 +131,6 @@ class PassLine:
             yield
         finally:
             self._in_use.release()
-
-    def _switch_off(self) -> None:
-        try:
-            self._set(False)
-        except self._genicam.GenericException as error:
-            self.stuck = error
-            raise
 
     def _set(self, on: bool) -> None:
         self._camera.UserOutputValue.Value = on

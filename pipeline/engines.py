@@ -112,14 +112,15 @@ def _cpu() -> Any:
 
 def resolve_device(wanted: DeviceChoice) -> tuple[bool, str]:
     """Tell whether CUDA is to be used, and why. Raises EngineUnavailable."""
+    if wanted == "cpu":
+        return False, "configured"
     # Without a driver that is known at once; PyTorch takes seconds to load, and is asked where CUDA is insisted on.
-    no_driver = _why_no_driver() if wanted == "auto" else None
-    missing = None if wanted == "cpu" else no_driver or _why_no_cuda()
-    if missing is not None and wanted == "cuda":
-        raise DeviceAbsent(f"device: cuda was asked for, but {missing}")
-    if wanted != "auto":
-        return wanted == "cuda", "configured"
-    return missing is None, missing or "a CUDA device was found"
+    missing = (_why_no_driver() if wanted == "auto" else None) or _why_no_cuda()
+    if wanted == "auto":
+        return missing is None, "a CUDA device was found" if missing is None else str(missing)
+    if missing is not None:
+        raise type(missing)(f"device: cuda was asked for, but {missing}")
+    return True, "configured"
 
 
 def _precision(bundle: Bundle, wanted: PrecisionChoice, able: list[Precision]) -> tuple[Precision, str]:
@@ -137,23 +138,25 @@ def _precision(bundle: Bundle, wanted: PrecisionChoice, able: list[Precision]) -
     return wanted, "configured" if trusted else "configured, though the calibration does not trust it"
 
 
-def _why_no_driver() -> str | None:
+def _why_no_driver() -> EngineUnavailable | None:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        return f"no NVIDIA driver was found ({error})"
+        return DeviceAbsent(f"no NVIDIA driver was found ({error})")
     return None
 
 
-def _why_no_cuda() -> str | None:
+def _why_no_cuda() -> EngineUnavailable | None:
     import torch
 
     if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device (driver missing, or a CPU build of torch)"
+        if torch.version.cuda is None:
+            return EngineUnavailable("PyTorch finds no CUDA device: it is a CPU build of torch")
+        return DeviceAbsent("PyTorch finds no CUDA device: is the driver there?")
     try:
         import cupy
     except ImportError as error:
-        return f"CuPy is not installed ({error}): pip install 'inspectord[gpu]'"
+        return EngineUnavailable(f"CuPy is not installed ({error}): pip install 'inspectord[gpu]'")
     if not cupy.cuda.is_available():
-        return "CuPy finds no CUDA device"
+        return DeviceAbsent("CuPy finds no CUDA device")
     return None

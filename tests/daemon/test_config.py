@@ -125,6 +125,10 @@ def test_broken_files(text, message, tmp_path):
             "journal.keep_dayz: unknown key; allowed here: keep_days, max_mib, path, wait_ms",
         ),
         ("supervision", "hang_s", float("inf"), "supervision.hang_s: input should be a finite number"),
+        (None, "device", {"cuda": 0}, "device: input should be 'auto', 'cpu' or 'cuda'"),
+        (None, "on_overload", {"wait": 1}, "on_overload: input should be 'wait' or 'invalid'"),
+        ("images", "format", {"png": 1}, "images.format: input should be 'png' or 'jpeg'"),
+        (None, "journal", 5, "journal: input should be"),
         (None, "device", "gpu", "device: input should be 'auto', 'cpu' or 'cuda' (given: 'gpu')"),
         (None, "slots", "many", "slots: input should be a valid integer"),
         (None, "on_overload", "drop", "on_overload: input should be 'wait' or 'invalid'"),
@@ -140,6 +144,7 @@ def test_impossible_values_name_what_is_allowed(good, tmp_path, section, key, va
     told = complaint(tmp_path, good)
     assert message in told
     assert "literal" not in told, "nobody wrote that"
+    assert "False" not in told
 
 
 def test_on_is_a_section_with_its_defaults(good, tmp_path):
@@ -158,7 +163,13 @@ def test_a_client_on_this_machine_takes_an_address_that_can_be_connected_to(good
         return load_addresses(path).control_address()
 
     assert address("tcp://*:5553") == "tcp://127.0.0.1:5553"
-    assert address("tcp://127.0.0.1:5553", "ipc:///tmp/c.sock") == "ipc:///tmp/c.sock"
+    assert address("ipc:///tmp/c.sock", "tcp://*:5553") == "ipc:///tmp/c.sock"
+
+
+def test_a_file_that_is_only_searched_for_addresses_may_hold_anything_else(good, tmp_path):
+    path = tmp_path / "station.yaml"
+    path.write_text(yaml.safe_dump(good) + "on: 5\n1: yes\n")
+    assert load_addresses(path).station == "bench"
 
 
 def test_options_of_one_driver_are_listed_when_another_ones_are_used(good, tmp_path):

@@ -293,7 +293,7 @@ def test_a_journal_on_a_disk_that_is_not_well_is_an_error_of_the_journal(tmp_pat
 
     with pytest.raises(NoJournal, match="no journal there"):
         list(read_journal(tmp_path / "journal.sqlite", Query()))
-    monkeypatch.setattr(Path, "is_file", refuse)
+    monkeypatch.setattr(Path, "stat", refuse)
     with pytest.raises(JournalError, match=r"journal\.sqlite: Stale file handle") as caught:
         list(read_journal(tmp_path / "journal.sqlite", Query()))
     assert not isinstance(caught.value, NoJournal)

@@ -500,7 +500,7 @@ def test_a_sign_that_the_terminal_does_not_know_ends_no_command():
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True
     )
-    assert (done.returncode, done.stdout) == (0, b"0.5 ?\n")
+    assert (done.returncode, done.stdout) == (0, b"0.5 \\u2013\n")
 
 
 def test_a_slow_line_does_not_seem_to_stand_still_between_two_parts(monkeypatch):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -226,8 +227,8 @@ def test_frames_limit_ends_the_stream(opened):
         ),
         ({"serial": "0815-0000", "features": {"Width": True}}, r"features\.Width: True .* it wants a number"),
         (
-            {"serial": "0815-0000", "features": {"ReverseX": "false"}},
-            "'false' was refused .* it wants true or false",
+            {"serial": "0815-0000", "features": {"ReverseX": "maybe"}},
+            "'maybe' was refused .* it wants true or false",
         ),
         ({"serial": "0815-0000", "exposure_us": 1e12}, "exposure_us: .* was refused by ExposureTime"),
     ],
@@ -308,7 +309,6 @@ def test_closing_ends_a_pulse_and_nothing_touches_the_device_after_it(opened, mo
 def test_a_pulse_behind_a_hung_one_is_not_given_late(opened, monkeypatch):
     camera, switched, lost = opened(pass_output={"line": "Line3", "pulse_ms": 1}), [], []
     switch, hangs, let_go = PassLine._set, threading.Event(), threading.Event()
-    until_ns = soon_ns(0.2)
 
     def hang(self, on):
         switched.append(on)
@@ -319,7 +319,7 @@ def test_a_pulse_behind_a_hung_one_is_not_given_late(opened, monkeypatch):
 
     def pulse():
         with pytest.raises(CameraLost) as caught:
-            camera.signal_pass(until_ns)
+            camera.signal_pass(soon_ns(0.5))
         lost.append(str(caught.value))
 
     monkeypatch.setattr(PassLine, "_set", hang)
@@ -327,7 +327,7 @@ def test_a_pulse_behind_a_hung_one_is_not_given_late(opened, monkeypatch):
     signal.start()
     assert hangs.wait(60)
     with pytest.raises(CameraLost, match="does not answer"):
-        camera.signal_pass(until_ns)
+        camera.signal_pass(soon_ns(0.5))  # by then the other's time is over, too
     let_go.set()
     signal.join()
     assert lost == ["the output line answered too late"]
@@ -335,28 +335,107 @@ def test_a_pulse_behind_a_hung_one_is_not_given_late(opened, monkeypatch):
     assert camera._camera.UserOutputValue.Value is False
 
 
-@pytest.mark.parametrize("refused", [[False], [True, False]])
-def test_a_line_that_cannot_be_switched_off_costs_the_camera_until_it_is(opened, monkeypatch, refused):
-    """Else it would pass whatever comes: energised, or perhaps energised where that call failed, too."""
+@pytest.fixture
+def refusing(monkeypatch):
+    """Orders to the output line whose answers are lost, so many of each, though the camera obeys or stays on."""
     from pypylon import genicam
 
-    camera, left, switch = opened(pass_output={"line": "Line3", "pulse_ms": 1}), list(refused), PassLine._set
+    left, switch = {True: 0, False: 0}, PassLine._set
 
     def refuse(self, on):
-        switch(self, on)  # the camera obeys the first order, and its answer is lost
-        if left and left[0] == on:
-            left.pop(0)
-            switch(self, True)
+        switch(self, on or left[on] > 0)
+        if left[on] > 0:
+            left[on] -= 1
             raise genicam.GenericException("no answer")
 
     monkeypatch.setattr(PassLine, "_set", refuse)
+    return left
+
+
+def test_a_line_that_is_not_switched_off_at_once_is_told_so_until_it_is(opened, refusing):
+    camera = opened(pass_output={"line": "Line3", "pulse_ms": 1})
+    refusing[False] = 3
+    camera.signal_pass(soon_ns())
+    assert refusing[False] == 0
+    assert camera._camera.UserOutputValue.Value is False
+    refusing[True] = 1
     with pytest.raises(CameraLost, match="no answer"):
         camera.signal_pass(soon_ns())
-    assert camera._camera.UserOutputValue.Value is True
+    assert camera._camera.UserOutputValue.Value is False, "it had been switched on all the same"
+    assert camera.grab(10), "the camera is not lost"
+
+
+def test_a_line_that_stays_on_costs_the_camera(opened, refusing):
+    """It passes whatever comes."""
+    camera, lost = opened(pass_output={"line": "Line3", "pulse_ms": 1}), []
+    refusing[False] = 1 << 60
+
+    def pulse():
+        try:
+            camera.signal_pass(soon_ns())
+        except CameraLost as error:
+            lost.append(str(error))
+
+    signal = threading.Thread(target=pulse)
+    signal.start()
+    while camera._pass_line.stuck is None:
+        assert signal.is_alive()
     with pytest.raises(CameraLost, match="could not be switched off: no answer"):
         camera.grab(10)
+    with pytest.raises(CameraLost, match="cannot be switched off"):
+        camera.signal_pass(soon_ns())
     camera.close()
+    signal.join(60)
+    assert lost == ["the camera was closed"]
+    refusing[False] = 0
     camera.open()
     assert camera._camera.UserOutputValue.Value is False
     assert camera.grab(10)
     camera.signal_pass(soon_ns())
+
+
+def test_no_pulse_is_begun_after_its_time(opened, monkeypatch):
+    camera, switched = opened(pass_output={"line": "Line3", "pulse_ms": 1}), []
+    monkeypatch.setattr(PassLine, "_set", lambda _self, on: switched.append(on))
+    with pytest.raises(CameraLost, match="too late"):
+        camera.signal_pass(time.monotonic_ns() - 1)
+    assert switched == []
+
+
+class Timed:
+    """A camera whose own timer ends the pulse, as the emulated one has none."""
+
+    def __init__(self, camera, *, inverted=False):
+        self.camera, self.asked = camera, 0
+        self.LineInverter = SimpleNamespace(Value=inverted)
+        self.SoftwareSignalPulse = SimpleNamespace(Execute=self.execute)
+        self.TimerDelay = SimpleNamespace(Value=5.0)
+        for name in ("LineSelector", "LineMode", "LineSource", "TimerSelector", "TimerTriggerSource"):
+            setattr(self, name, SimpleNamespace(Value=None))
+        self.TimerDuration = self.SoftwareSignalSelector = SimpleNamespace(Value=None)
+
+    def GetNodeMap(self):
+        return SimpleNamespace(GetNode=lambda name: self.camera.GetNodeMap().GetNode("Width") if name else None)
+
+    def execute(self):
+        self.asked += 1
+        while time.monotonic_ns() <= self.until_ns:  # an answer that had to be sent again
+            pass
+
+
+def test_a_timers_pulse_is_waited_for_though_its_answer_came_late(opened):
+    timed = Timed(opened()._camera)
+    line = PassLine(timed, PassOutput(pulse_ms=100), inverter_configured=False)
+    assert timed.TimerDelay.Value == 0
+    timed.until_ns = soon_ns(1)
+    with pytest.raises(CameraLost, match="too late"):
+        line.pulse(timed.until_ns)
+    assert timed.asked == 1
+    assert time.monotonic_ns() - timed.until_ns > 100_000_000, "the next may not run into it"
+
+
+def test_an_inverted_line_is_refused_unless_it_is_wired_so(opened):
+    timed = Timed(opened()._camera, inverted=True)
+    with pytest.raises(CameraError, match=r"inverts Line2.*LineInverter: false"):
+        PassLine(timed, PassOutput(), inverter_configured=False)
+    PassLine(timed, PassOutput(), inverter_configured=True)

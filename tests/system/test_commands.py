@@ -128,13 +128,14 @@ def test_check_says_what_is_wrong_with_the_camera(config):
     assert "no camera with serial '42'; connected: Emulation 0815-0000" in done.stderr
 
 
-def test_cuda_without_cuda_is_a_failure_that_systemd_tries_again_after(config):
+def test_cuda_without_cuda_is_wrong_where_it_cannot_come(config):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     done = inspectord("run", "-c", config(device="cuda"))
-    assert done.returncode == 1
+    # With a build for GPUs the device may come later, and systemd tries again.
+    assert done.returncode == (2 if torch.version.cuda is None else 1)
     assert "device: cuda was asked for, but PyTorch finds no CUDA device" in done.stderr
 
 

@@ -318,7 +318,7 @@ class StubbornCamera:
     def grab(self, timeout_s):
         raise CameraLost("let go")
 
-    def signal_pass(self):
+    def signal_pass(self, until_ns):
         pass
 
     def close(self):
