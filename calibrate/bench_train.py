@@ -63,7 +63,9 @@ class _Straightforward:
         with torch.no_grad():
             described = model.describe(x)
         distance = (described - model.student(x)[:, :TEACHER_CHANNELS]).square()
-        hard = distance[distance >= torch.quantile(distance, self._options.losses.hard_quantile)].mean()
+        # As torch.quantile, which takes no more than 2^24 values.
+        limit = np.quantile(distance.detach().float().cpu().numpy(), self._options.losses.hard_quantile)
+        hard = distance[distance >= float(limit)].mean()
         penalty = model.student(n)[:, :TEACHER_CHANNELS].square().mean()
         predicted = model.autoencode(a)
         with torch.no_grad():

@@ -19,6 +19,10 @@ class FetchFailed(Exception):
     """Nothing was written; the message says why."""
 
 
+class FetchMisused(FetchFailed):
+    """What was asked for cannot be fetched, however often it is tried."""
+
+
 def fetch(url: str, sha256: str, path: Path) -> None:
     """Download a file and check it before anything is written.
 
@@ -31,9 +35,9 @@ def fetch(url: str, sha256: str, path: Path) -> None:
     """
     wanted = sha256.lower()
     if len(wanted) != 64 or not set(wanted) <= set("0123456789abcdef"):
-        raise FetchFailed(f"--sha256 {sha256!r} is not 64 hex digits")
+        raise FetchMisused(f"--sha256 {sha256!r} is not 64 hex digits")
     if url.split(":", 1)[0] not in ("http", "https", "file"):
-        raise FetchFailed(f"{url}: not an http, https or file address")
+        raise FetchMisused(f"{url}: not an http, https or file address")
     pieces, count = [], 0
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:

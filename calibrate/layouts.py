@@ -30,7 +30,8 @@ _VISA_SPLIT = Path("split_csv") / "1cls.csv"
 REPORT_PAGE = "report.html"
 REPORT_MARK = b'<meta name="generator" content="inspectord">'
 _NOT_KINDS = {"train", "validation", "ground_truth"}
-_NOT_GOOD = {"ground_truth", "test", "train", "Masks", "Anomaly"}
+_NOT_GOOD = {"ground_truth", "test", "train", "masks", "anomaly", "good", "ok", "ng", "bad", "defect", "defects"}
+"""Folders, in small letters, that no folder with nothing but good images holds."""
 
 
 class DatasetError(Exception):
@@ -122,10 +123,11 @@ def layout_of(dataset: Path) -> Layout:
 def _refuse_a_folder_of_data_sets(folder: Path) -> None:
     """Refuse to take defects and masks for good parts. Raises DatasetError."""
     for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*")):
-        if path.is_dir() and (path.name in _NOT_GOOD or path.name.startswith("MT_")):
+        if path.is_dir() and (path.name.lower() in _NOT_GOOD or path.name.startswith("MT_")):
             raise DatasetError(
                 f"{folder}: looks like several data sets or a part of one (it holds {path.relative_to(folder)}); "
-                "name one data set, or a folder with nothing but good images"
+                f"name one data set (good parts in {GOOD}/, in small letters, each kind of defect beside it), or a "
+                "folder with nothing but good images"
             )
 
 
@@ -274,7 +276,7 @@ def _is_ours(folder: Path) -> bool:
 def _tree(root: Path, truth: Path) -> list[TestImage]:
     """List KIND/NAME.png with masks in truth/KIND/NAME_mask.png, NAME.png, or NAME/*.png."""
     folders = (p for p in root.iterdir() if p.is_dir() and p.name not in _NOT_KINDS)
-    kinds = sorted(folder.name for folder in folders if not _is_ours(folder))
+    kinds = sorted(folder.name for folder in folders if not (_is_ours(folder) or folder.name.startswith(".")))
     return [
         TestImage(file, kind, () if kind == GOOD else _masks(truth / kind, file.name.removeprefix(f"{kind}/")))
         for kind in kinds

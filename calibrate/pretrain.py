@@ -188,7 +188,10 @@ def _taught(options: PretrainOptions, listener: Listener) -> nn.Sequential:
         [*network.parameters(), *heads.parameters()], lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _LEARNING_RATE, total_steps=steps + 2, pct_start=_WARM_UP_SHARE
+        # Warming up takes two steps at least.
+        *(optimizer, _LEARNING_RATE),
+        total_steps=steps + 2,
+        pct_start=max(_WARM_UP_SHARE, 2 / (steps + 2)),
     )
     listener.say(f"teaching a {options.size} PDN in {precision}, {steps} steps of {_BATCH} patches")
     batches = _batches(scenes, photographs, options.seed)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import importlib.metadata
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -71,7 +74,8 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
     Raises TrainingError, DatasetError, CheckpointError, TrainingStopped, or OSError from the disk.
     """
     try:
-        return _train(options, listener or Listener())
+        with _folder_of_the_run(options):
+            return _train(options, listener or Listener())
     except torch.OutOfMemoryError as error:
         kept = (
             ". There is a checkpoint, but these make another model and need --restart with them"
@@ -84,10 +88,32 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
         ) from error
 
 
+@contextmanager
+def _folder_of_the_run(options: TrainOptions) -> Iterator[None]:
+    """Make the bundle's folder, for this run alone; one that stays empty goes again.
+
+    Raises TrainingError or OSError.
+    """
+    out, made = options.out, not options.out.exists()
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is said at once
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of a file system that knows no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TrainingError(f"another training writes to {out.absolute()}") from None
+        if is_bundle(out) and not options.overwrite:
+            raise TrainingError(f"{out.absolute()} holds a finished bundle; add --overwrite to replace it")
+        yield
+    finally:
+        os.close(handle)
+        if made:
+            with suppress(OSError):  # there is something in it
+                out.rmdir()
+
+
 def _train(options: TrainOptions, listener: Listener) -> Bundle:
-    if is_bundle(options.out) and not options.overwrite:
-        raise TrainingError(f"{options.out.absolute()} holds a finished bundle; add --overwrite to replace it")
-    options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is said at once
     device = device_of(options.device)
     precision = resolve_precision(options.precision, device)
     try:

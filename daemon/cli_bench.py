@@ -189,7 +189,11 @@ def scaling(
             pair(each, "--image-size", "512x512") for each in image_size or ["256x256", "512x512", "1024x1024"]
         ]
         from daemon.bench_line import bench_scaling
+        from pipeline.geometry import Geometry
 
+        for width, height in pixels:
+            for each in (1, 2):
+                Geometry(width, height, tile_rows=each, tile_columns=each)  # impossible ones are said at once
         judged_by = str(model or _quick_model(Path(folder), 256)) if stations else ""
         found = bench_scaling(Path(folder), judged_by, pixels, stations, seconds, frames)
         by_size = [r for r in found["results"] if r["kind"] == "image_size"]
@@ -244,7 +248,7 @@ def train(
         one_of(device, "--device", "auto", "cpu", "cuda")
         options = TrainOptions(
             dataset=dataset or _draw_parts(Path(folder)),
-            out=Path(folder),
+            out=Path(folder) / "out",
             size=size,  # type: ignore[arg-type]
             geometry=Geometry(width, height),
             preprocess=PreprocessSpec(width, height),

@@ -23,6 +23,7 @@ EXIT_CODES = {
     **dict.fromkeys(
         (
             "calibrate.checkpoint.CheckpointError",
+            "calibrate.fetch.FetchMisused",
             "calibrate.foreign.ImportFailed",
             "calibrate.layouts.DatasetError",
             "calibrate.teacher.TeacherError",

@@ -126,6 +126,8 @@ def import_foreign(
             return
         if good is None:
             raise ImportFailed(f"{source.absolute()} is a whole model: add --good DIR, its good images")
+        if out.is_file():
+            raise ImportFailed(f"{out.absolute()} is a file; a whole model becomes a folder")
         options = TrainOptions(
             dataset=good,
             out=out,
@@ -152,9 +154,9 @@ def fetch_teacher(
 ) -> None:
     """Download a teacher, checked against its SHA-256 before anything is written."""
     with clear_errors():
-        from calibrate.fetch import FetchFailed, fetch
+        from calibrate.fetch import FetchMisused, fetch
 
         if out.exists() and not overwrite:
-            raise FetchFailed(f"{out.absolute()} exists; add --overwrite to replace it")
+            raise FetchMisused(f"{out.absolute()} exists; add --overwrite to replace it")
         fetch(url, sha256, out)
     typer.echo(f"{out.absolute()}: {out.stat().st_size} bytes, SHA-256 as pinned")

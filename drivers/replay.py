@@ -50,11 +50,16 @@ class ReplayOptions(Options):
         return path
 
 
+def _is_hidden(file: Path, root: Path) -> bool:
+    """Tell whether a file lies in what a folder does not show: a wastebasket, thumbnails."""
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
 def list_images(path: str | Path) -> list[tuple[str, Path]]:
     """List image files in natural order (img2 before img10).
 
     Args:
-        path: a folder (recursive), a single file, or a glob pattern.
+        path: a folder (recursive, without what is hidden in it), a single file, or a glob pattern.
 
     Returns:
         Pairs of the name relative to the folder (POSIX style) and the path.
@@ -64,7 +69,7 @@ def list_images(path: str | Path) -> list[tuple[str, Path]]:
         found = [
             (_readable(file.relative_to(root).as_posix()), file)
             for file in root.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file, root) and file.is_file()
         ]
     elif root.is_file():
         found = [(_readable(root.name), root)]
@@ -129,10 +134,9 @@ def described_format(path: Path) -> PixelFormat | None:
         described = json.loads(text)
         if described["file"] != path.name:
             return None
-        stated = PixelFormat(described["pixel_format"])
+        return PixelFormat(described["pixel_format"])
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{description.name} beside it is damaged: {error}") from error
-    return PixelFormat.BGR8 if stated is PixelFormat.RGB8 else stated  # OpenCV decodes to B, G, R
 
 
 def format_of(image: Image, declared: PixelFormat | None = None) -> PixelFormat:
@@ -143,7 +147,7 @@ def format_of(image: Image, declared: PixelFormat | None = None) -> PixelFormat:
         return PixelFormat.MONO8 if image.dtype == np.uint8 else PixelFormat.MONO16
     if not declared.fits(image):
         raise ValueError(f"holds {image.shape} {image.dtype}, which is not {declared.value}")
-    return declared
+    return PixelFormat.BGR8 if declared is PixelFormat.RGB8 else declared  # OpenCV decodes to B, G, R
 
 
 class ReplayCamera:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _VERSIONS = {
     "inspectord": "inspectord",
     "openvino": "openvino",
-    "cupy": "cupy-cuda12x",
+    "cupy": "cupy-cuda13x",
     "numpy": "numpy",
     "opencv": "opencv-python-headless",
 }
@@ -44,9 +46,26 @@ def usable_cores() -> int:
 
 
 def available_memory_mib() -> int:
-    """Return how much memory can be had without swapping; a terabyte where it is not told."""
+    """Return how much memory can be had without swapping; a terabyte where it is not told.
+
+    A container, or a unit with `MemoryMax=`, may have less than the machine.
+    """
     value = _told("/proc/meminfo", "MemAvailable").split()
-    return int(value[0]) // 1024 if value else 1 << 20
+    free_mib = int(value[0]) // 1024 if value else 1 << 20
+    return min([free_mib, *_left_to_groups_mib()])
+
+
+def _left_to_groups_mib(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Yield what is left to each control group (version 2) that this process is in, where it has a limit."""
+    own = root / _told("/proc/self/cgroup", "0:").lstrip(":/")
+    for group in (own, *own.parents):
+        with suppress(KeyError, OSError, ValueError):  # no such file, or `max`
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(stat["inactive_file"]) + int(stat["active_file"])  # files, that make room
+            yield max(0, limit - used + cached) >> 20
+        if group == root:
+            return
 
 
 def _of_processor(field: str) -> str:

@@ -217,6 +217,14 @@ def test_defects_and_masks_are_never_taken_for_good_parts(tmp_path, monkeypatch)
     (tmp_path / "visa/split_csv/1cls.csv").write_text(rows)
     monkeypatch.chdir(candle)
     assert [f.path.name for f in training_files(Path()).good] == ["0.JPG"]
+    for kind in ("Good", "OK", "NG", "Defects"):
+        image(tmp_path / kind / "photos" / kind / "1.png")
+        with pytest.raises(DatasetError, match=f"it holds {kind}.*good parts in good/, in small letters"):
+            training_files(tmp_path / kind / "photos")
+    image(tmp_path / "plain/good/1.png")
+    image(tmp_path / "plain/hole/1.png")
+    image(tmp_path / "plain/.thumbs/1.png")
+    assert [i.kind for i in load_test_set(tmp_path / "plain").images] == ["good", "hole"]
     image(tmp_path / "parts/1.png")
     image(tmp_path / "parts/model/report/scores.png")
     (tmp_path / "parts/model/bundle.json").write_text("{}")

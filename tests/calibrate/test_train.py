@@ -138,6 +138,27 @@ def test_a_finished_bundle_is_not_overwritten_by_accident(options):
     train(replace(options, overwrite=True))
 
 
+def test_two_trainings_do_not_write_to_one_folder(options):
+    class Second(Notes):
+        def say(self, message):
+            super().say(message)
+            if len(self.said) == 1:  # while the first is under way
+                with pytest.raises(TrainingError, match="another training writes to"):
+                    train(replace(options, restart=True, seed=7))
+
+    first = Second()
+    assert train(options, first).training["seed"] == options.seed
+    assert first.said
+
+
+def test_a_training_that_came_to_nothing_leaves_no_folder(options, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(options.dataset, photos)
+    with pytest.raises(DatasetError):
+        train(replace(options, dataset=photos, out=photos / "test"))
+    train(replace(options, dataset=photos, steps=1))
+
+
 def test_the_learning_rate_drops_at_95_percent_of_the_steps(options, monkeypatch):
     rates = []
     step = torch.optim.Adam.step
@@ -422,7 +443,7 @@ def test_stopping_before_the_first_step_writes_nothing(options, after):
 
     with pytest.raises(TrainingStopped, match=after):
         train(options, Impatient())
-    assert not list(options.out.iterdir())
+    assert not options.out.exists()
 
 
 def test_parts_are_not_turned_under_areas_that_stay_where_they_are(options):

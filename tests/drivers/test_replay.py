@@ -81,6 +81,17 @@ def test_formats_of_kept_images_come_from_their_descriptions(tmp_path):
     assert damaged.status == "unreadable"
     assert "e.json beside it is damaged: 'Mono9'" in damaged.detail
     assert [f.pixel_format for f in play(tmp_path / "a.png", pixel_format=PixelFormat.MONO8)] == ["Mono8"]
+    (declared,) = play(tmp_path / "c.png", pixel_format=PixelFormat.RGB8)
+    assert declared.pixel_format == "BGR8", "of the camera; a file is decoded to B, G, R"
+    assert (declared.image[..., ::-1] == colours).all()
+
+
+def test_what_a_folder_does_not_show_is_not_played(folder):
+    before = len(play(folder))
+    for hidden in (".Trash-1000/files/1.png", "sub/.thumbs/1.png", ".1.png"):
+        (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / hidden), picture())
+    assert len(play(folder)) == before
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tiff", ".bmp"])

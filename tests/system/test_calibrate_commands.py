@@ -123,9 +123,11 @@ def test_pretrain_and_teachers(tmp_path):
     assert "--images" in inspectord("pretrain", "-o", tmp_path / "x", "--target", "photographs", code=2)
 
 
-def test_bench_train_prints_both_sides(good_parts, tmp_path):
+@pytest.mark.parametrize("own_images", [True, False])
+def test_bench_train_prints_both_sides(good_parts, tmp_path, own_images):
+    images = [good_parts] if own_images else []
     said = inspectord(
-        "bench", "train", good_parts, "--steps", 1, "--image-size", "64x64", "--json", tmp_path / "b.json"
+        "bench", "train", *images, "--steps", 1, "--image-size", "64x64", "--json", tmp_path / "b.json"
     )
     found = json.loads((tmp_path / "b.json").read_text())
     assert [side["side"] for side in found["results"]] == ["reference", "inspectord"]
