@@ -14,6 +14,8 @@ import io
 import json
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from pipeline.architecture import PdnSize, weight_shapes
-from pipeline.engine import LARGEST_INT8_WEIGHT, Precision
+from pipeline.engine import INT8_SCHEME, Precision
 from pipeline.geometry import Geometry
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, check_correction
 from pipeline.scoring import BoolMap, FrameArea, Quantiles
@@ -48,6 +50,9 @@ _PART = re.compile(
 )
 
 
+_STREAM = re.compile(r"/dev/(stdout|stderr|fd/([0-9]+))")
+
+
 class BundleError(Exception):
     """A bundle that is missing, damaged, truncated or not ours; the message names the file and the reason."""
 
@@ -62,7 +67,7 @@ class Model:
     weights: Mapping[str, NDArray[np.float32]] = field(repr=False)
     """Of the networks, and the teacher's statistics, by the names of `weight_shapes`."""
     ranges: Mapping[str, float] = field(default_factory=dict)
-    """Largest magnitude at each convolution's input, for int8; empty where nobody has looked."""
+    """Largest magnitude at the input of each convolution in int8; empty where nobody has looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
         "preprocessing": preprocessing,
         "calibration": calibration,
         "precisions": [{"precision": name, **found} for name, found in precisions.items()],
-        "int8": {"largest_weight": LARGEST_INT8_WEIGHT, "activation_ranges": dict(model.ranges)},
+        "int8": {**INT8_SCHEME, "activation_ranges": dict(model.ranges)},
         "teacher": dict(bundle.teacher),
         "training": dict(bundle.training),
         "files": files,
@@ -328,8 +333,8 @@ def _assemble(manifest: dict[str, Any], folder: Path) -> Bundle:
 
 
 def _read_ranges(data: dict[str, Any]) -> dict[str, float]:
-    """Read the activation ranges; none where int8 was calibrated with weights of more bits than ours."""
-    if data.get("largest_weight") != LARGEST_INT8_WEIGHT:
+    """Read the activation ranges; none where int8 was calibrated with another int8 than ours."""
+    if any(data.get(name) != value for name, value in INT8_SCHEME.items()):
         return {}
     ranges = {str(name): float(value) for name, value in data["activation_ranges"].items()}
     if not all(np.isfinite(value) and value >= 0 for value in ranges.values()):
@@ -408,6 +413,29 @@ def write_atomically(path: Path, blob: bytes) -> None:
         error.filename = error.filename or str(path)  # one that cannot be filled does not say so itself
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_result(path: Path, blob: bytes) -> None:
+    """Write what a user wants at a path: atomically, through a link, or into a pipe, a device or /dev/stdout."""
+    stream = _STREAM.fullmatch(str(path))
+    if stream:  # a file that it was redirected into is neither replaced nor written over
+        sys.stdout.flush()
+        descriptor = {"stdout": 1, "stderr": 2}.get(stream[1]) or int(stream[2])
+        with os.fdopen(os.dup(descriptor), "wb") as output:
+            output.write(blob)
+    elif path.exists() and not path.is_file():
+        path.write_bytes(blob)
+    else:
+        write_atomically(Path(os.path.realpath(path)), blob)
+
+
+def check_writable(folder: Path) -> None:
+    """Say before long work, not after it, that nothing can be written to a folder. Raises OSError."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder.absolute())) from None
 
 
 def sha256_hex(blob: bytes) -> str:

@@ -15,6 +15,8 @@ Precision = Literal["fp32", "bf16", "int8", "fp16"]
 """Of the convolutions; `bf16` and `int8` are the CPU engine's, `fp16` the CUDA engine's."""
 LARGEST_INT8_WEIGHT = 64
 """Seven bits of eight: a processor without VNNI adds two products of bytes in 16 bits; 2 · 255 · 64 still fits."""
+INT8_SCHEME = {"largest_weight": LARGEST_INT8_WEIGHT, "image": "float"}
+"""What int8 is: quantiles that were calibrated with another one do not fit."""
 Prepared = NDArray[np.float32]
 """(3, image_height, image_width), ImageNet-normalised."""
 

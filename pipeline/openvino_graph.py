@@ -1,7 +1,9 @@
-"""The folded networks as OpenVINO graphs: in float, or with every convolution in 8-bit integers.
+"""The folded networks as OpenVINO graphs: in float, or with the convolutions in 8-bit integers.
 
-Integers are for the convolutions only. What comes after the two differences (square, mean, division by what
-is expected) stays in float32: its range is that of anomalies, which no good image shows; integers would cut it off.
+Integers are for the convolutions only, and not for those that read the image: they are a fiftieth of the work, and
+rounding the image would cost more of a surface's fine grain than all other roundings together. What comes after the
+two differences (square, mean, division by what is expected) stays in float32: its range is that of anomalies, which
+no good image shows; integers would cut it off.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pipeline.geometry import AUTOENCODER_PX
 from pipeline.winograd import Tiling, pays, transforms
 
 Ranges = Mapping[str, float]
-"""Largest magnitude that each convolution's input takes, by the convolution's name."""
+"""Largest magnitude that the input of each convolution in int8 takes, by the convolution's name."""
 _LEVELS = 256
 _SMALLEST_RANGE = 1e-30
 """Of what is zero all over, so that nothing is divided by it."""
@@ -50,7 +52,7 @@ def build_graph(
 
 
 def build_observer(networks: Folded, part: Part = "whole", *, winograd: bool = True) -> tuple[ov.Model, list[str]]:
-    """Build a part's graph that returns how large each convolution's input is, and the prediction where it is one.
+    """Build a part's graph that returns how large each input for integers is, and the prediction where it is one.
 
     Returns the graph and the convolutions' names, in the order of the magnitudes.
     """
@@ -73,7 +75,7 @@ class _Builder:
         self._ranges = ranges
         self._winograd = winograd
         self.inputs: dict[str, ov.Node] = {}
-        """What each convolution reads, by its name."""
+        """What each convolution reads that is for integers, by its name."""
 
     def part(self, part: Part) -> tuple[list[ov.Node], list[ov.Node]]:
         """Return the results and the parameters of a part."""
@@ -148,8 +150,10 @@ class _Builder:
         return node
 
     def _convolution(self, name: str, node: ov.Node, filters: Filters) -> ov.Node:
-        self.inputs[name] = node
-        if self._ranges is None:
+        reads_image = filters.weight.shape[1] == 3
+        if not reads_image:
+            self.inputs[name] = node
+        if self._ranges is None or reads_image:
             return self._in_float(node, filters)
         return quantised_convolution(node, filters, self._ranges[name])
 

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +56,17 @@ def test_what_is_written_is_what_is_read(tiny_bundle, tmp_path, rng):
     assert written.calibration_id != bundle.calibration_id, "other preprocessing, other calibration"
 
 
-@pytest.mark.parametrize("found", [None, {"largest_weight": 127, "activation_ranges": {"teacher.0": 1.0}}])
+RANGES = {"activation_ranges": {"teacher.3": 1.0}}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        {"largest_weight": 127, "image": "float", **RANGES},
+        pytest.param({"largest_weight": 64, **RANGES}, id="the image in integers, too"),
+    ],
+)
 def test_int8_of_another_version_is_not_used(copy, found):
     assert read_bundle(copy).model.ranges
 
@@ -89,6 +102,33 @@ def test_a_bundle_replaces_another_whole_or_not_at_all(tiny_bundle, copy, monkey
         assert np.array_equal(written.model.weights["teacher_mean"], wanted.model.weights["teacher_mean"])
         assert len(list(copy.glob("weights*"))) == 1, "what is no longer named is gone"
     assert write_bundle(before, copy).calibration_id == before.calibration_id, "whatever its files are called"
+
+
+def test_links_are_followed_and_pipes_written_to(tmp_path):
+    there, link, pipe = tmp_path / "there", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(there)
+    bundle_module.write_result(link, b"linked")
+    assert link.is_symlink()
+    assert there.read_bytes() == b"linked"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_bytes)
+        bundle_module.write_result(pipe, b"piped")
+        assert read.result(timeout=30) == b"piped"
+    assert pipe.is_fifo()
+    with (tmp_path / "output").open("w+") as output:
+        print("said before", file=output, flush=True)
+        bundle_module.write_result(Path(f"/dev/fd/{output.fileno()}"), b"result")
+        print("said after", file=output, flush=True)
+        output.seek(0)
+        assert output.read() == "said before\nresultsaid after\n", "a redirected /dev/stdout is not replaced"
+
+
+def test_a_folder_that_takes_no_files_is_told(tmp_path):
+    bundle_module.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="'/proc'"):
+        bundle_module.check_writable(Path("/proc"))
 
 
 def test_what_is_not_ours_stays(tiny_bundle, tmp_path, rng):

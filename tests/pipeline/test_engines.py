@@ -22,7 +22,7 @@ from pipeline.folded_networks import FoldedEfficientAD
 from pipeline.geometry import Geometry
 from pipeline.inspect import Inspector
 from pipeline.networks import weights_of
-from pipeline.openvino_graph import antialiased_weights, quantised_convolution
+from pipeline.openvino_graph import antialiased_weights, build_graph, convolution_names, quantised_convolution
 from pipeline.preprocess import PreprocessSpec
 from pipeline.scoring import Quantiles
 from tests.pipeline.test_networks import seeded_model
@@ -103,6 +103,24 @@ def test_fewer_bits_stay_near_float32(size, geometry, expects, precision, rng):
         assert np.abs(ours - plain).max() < 0.02 * plain.max()
 
 
+@pytest.mark.parametrize("part", ["whole", "prediction", "tile"])
+def test_the_image_is_not_rounded_to_integers(part):
+    """Its fine grain is what tells good surfaces from bad ones."""
+    networks = seeded_model(geometry=Geometry(320, 384, tile_rows=2, tile_columns=2))
+    folded = fold("small", networks.geometry, weights_of(networks))
+    graph = build_graph(folded, part, dict.fromkeys(convolution_names(folded), 1.0))
+    convolutions = [node for node in graph.get_ops() if node.get_type_name() == "Convolution"]
+    rounded = {
+        node.output(0).get_shape()[1]
+        for node in (convolution.input_value(0).get_node() for convolution in convolutions)
+        if node.get_type_name() == "FakeQuantize"
+    }
+    in_float = [convolution for convolution in convolutions if convolution.input(0).get_shape()[1] == 3]
+    assert 3 not in rounded
+    assert len(in_float) == {"whole": 3, "prediction": 1, "tile": 2}[part]
+    assert len(convolutions) > len(in_float)
+
+
 @pytest.mark.skipif("int8" not in cpu_precisions(), reason="this processor has no int8")
 def test_what_comes_after_the_differences_is_not_cut_off_in_integers(rng):
     """The map of an anomaly a hundred times as strong as anything seen keeps its size."""
@@ -162,9 +180,11 @@ def test_ranges_are_the_largest_magnitudes_over_all_images(rng):
     networks = seeded_model()
     images = [random_image(rng, networks.geometry) * scale for scale in (1, 3, 2)]
     ranges = observe_ranges(model_of(networks), images)
-    assert ranges["teacher.0"] == pytest.approx(max(np.abs(image).max() for image in images))
+    assert not {"teacher.0", "student.0", "autoencoder.0"} & ranges.keys(), "they read the image, in float"
     with torch.inference_mode():
+        first = [networks.teacher[:3](torch.from_numpy(image)[None]).abs().max().item() for image in images]
         hidden = [networks.student[:8](torch.from_numpy(image)[None]).abs().max().item() for image in images]
+    assert ranges["teacher.3"] == pytest.approx(max(first), rel=1e-4)
     assert ranges["difference.student"] == ranges["imitated"] == pytest.approx(max(hidden), rel=1e-4)
 
 
