@@ -27,6 +27,8 @@ _REOPENS_AFTER_HANG = 5
 _WAITING_TRIGGERS = 64
 _DELIVERED_AT_MOST = 16
 """Grabs before a camera is closed: more than a driver has buffers, and an end for one that never stops."""
+_READY_WITHIN_S = 10.0
+"""A camera for a trigger, from when somebody asked for it; its deadline may come first."""
 _WAITS_WHILE_STOPPING_S = 2.0
 """For a slot: a slow engine must not keep the daemon from ending."""
 
@@ -148,6 +150,8 @@ class Acquisition:
         self.ticket = Ticket()
         self.call = Call()
         """Runs while the thread is inside the driver."""
+        self._opened = False
+        """The last try to open the camera went well."""
         self.worked = False
         """A frame was delivered."""
         self.waiting_entry: Entry | None = None
@@ -175,6 +179,7 @@ class Acquisition:
                 break
             except CameraError as error:
                 self._answer_open_trigger(str(error))
+                self._take_what_has_come()
                 if not (self.camera.live or isinstance(error, CameraLost)):
                     raise  # files do not come back by themselves
                 failures += 1
@@ -205,8 +210,10 @@ class Acquisition:
                 raise Revoked
 
     def _open(self) -> None:
+        self._opened = False
         with self._driver():
             info = self.camera.open()
+        self._opened = True
         self._line.ring.reserve(info.frame_bytes, info.lends)
         state = self._line.state
         again = state.source is not None and state.error is not None  # not after a pause or a reload
@@ -238,7 +245,7 @@ class Acquisition:
 
     def _take_what_has_come(self) -> None:
         """Number what a camera has delivered by itself before it is closed, which throws that away."""
-        if not self.camera.live or self.camera.fires is not Fires.ITSELF:
+        if not self._opened or not self.camera.live or self.camera.fires is not Fires.ITSELF:
             return
         with suppress(CameraError, EndOfStream):  # it is closed in any case
             for _ in range(_DELIVERED_AT_MOST):
@@ -260,13 +267,15 @@ class Acquisition:
             if entry is None:
                 return
             self.waiting_entry = entry
-            while not entry.is_late() and not self._ready():
-                self._pass_probe()
-                if line.stop.is_set():
-                    break
-            else:
-                if not entry.is_late():
+            # One that waited behind others asks the camera, too.
+            until_s = max(entry.frame.arrived_ns / 1e9 + _READY_WITHIN_S, time.monotonic() + GRAB_TIMEOUT_S)
+            while not entry.is_late() and time.monotonic() < until_s:
+                if self._ready() and not entry.is_late():
                     self._fire(entry)
+                    return
+                self._pass_probe()
+                if line.stop.is_set() or line.paused.is_set():
+                    self._answer_open_trigger("the line is paused or stopping")
                     return
             self._answer_open_trigger("the camera was not ready for the trigger", Reason.TIMEOUT)
         elif self._ready():

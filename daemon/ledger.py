@@ -117,7 +117,7 @@ class Ledger:
             if ticket.revoked:
                 raise Revoked
             frame.sequence = self._sequences.next()
-            entry = self._append(frame, self._deadline_ms())
+            entry = self._append(frame)
             entry.trigger, entry.part = trigger, part
             if entry.due_ns is not None and entry.due_ns < self._publisher_wakes_ns:
                 self._wake_publisher(entry)
@@ -134,7 +134,7 @@ class Ledger:
     def restore(self, sequence: int) -> None:
         """Open and settle a number that an earlier run left without a verdict."""
         with self._changed:
-            entry = self._append(Frame(FrameStatus.LOST, source="", sequence=sequence), None)
+            entry = self._append(Frame(FrameStatus.LOST, source="", sequence=sequence))
             entry.inspection = Inspection(Outcome.INVALID, Reason.RESTART, "numbered by an earlier run")
             self._changed.notify_all()
 
@@ -246,8 +246,8 @@ class Ledger:
         if self._open[0] is entry:
             self._changed.notify_all()
 
-    def _append(self, frame: Frame, deadline_ms: float | None) -> Entry:
-        due_ns, margin_ns = None, 0
+    def _append(self, frame: Frame) -> Entry:
+        deadline_ms, due_ns, margin_ns = self._deadline_ms(), None, 0
         if deadline_ms is not None:
             deadline_ns = int(deadline_ms * 1e6)
             margin_ns = margin_before_ns(deadline_ns)

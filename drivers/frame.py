@@ -116,13 +116,17 @@ class Frame:
     detail: str = ""
     """What went wrong, in words; empty for a complete frame."""
     arrived_ns: int = field(default_factory=time.monotonic_ns)
-    """Host monotonic clock when the driver began to take this frame in."""
-    wall_ns: int = field(default_factory=time.time_ns)
-    """Host wall clock (UTC, Unix epoch) at the grab."""
+    """Host monotonic clock when the frame came to the driver's queue, as near as the driver can tell."""
+    wall_ns: int = 0
+    """Host wall clock (UTC, Unix epoch) at `arrived_ns`; 0: worked out from it."""
     grabbed_ns: int = 0
     """Host monotonic clock when the frame lay in its ring slot; 0 before that."""
     sequence: int = 0
     """The station's number, from 1 and gapless; 0 until the station has numbered it."""
+
+    def __post_init__(self) -> None:
+        if not self.wall_ns:
+            self.wall_ns = time.time_ns() - (time.monotonic_ns() - self.arrived_ns)
 
     def forget_image(self) -> None:
         """Keep no more of the image than its shape and type: its memory is needed for others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
@@ -99,6 +100,7 @@ class PylonCamera:
         self._failed_in_a_row = 0
         self._heard_s = 0.0
         self._count = 0
+        self._ready_buffers: Any = None
         self._lost_because: str | None = None
         self._device_class = ""
         self._tick_ns: int | Fraction = 1
@@ -278,13 +280,17 @@ class PylonCamera:
             self._camera.ExecuteSoftwareTrigger()
 
     def grab(self, timeout_s: float) -> list[Frame]:
-        """Wait for the next frame; after `fire`, report the trigger that brought none in time."""
-        self._check_usable()
+        """Wait for the next frame; after `fire`, report the trigger that brought none in time.
+
+        Without a timeout, what came before a camera was lost can still be had.
+        """
+        if timeout_s > 0 or self._camera is None:
+            self._check_usable()
         with self._lost():
             frames = self._retrieve(self._shortened(timeout_s))
         if not frames and self._trigger_left_s() <= 0:
             waited = f"no frame within {self._options.trigger_timeout_ms} ms of the trigger"
-            frames = [self._report(FrameStatus.TIMEOUT, waited)]
+            frames = [Frame(FrameStatus.TIMEOUT, self._source, detail=waited)]
             self._late_frame_possible = True
         if frames:
             self._triggered_ns = None
@@ -331,20 +337,31 @@ class PylonCamera:
         """Begin an acquisition; the camera's block ids begin anew with it."""
         self._ids = self._make_counter()
         self._triggered_ns, self._late_frame_possible = None, False
+        self._arrivals = Arrivals()
+        self._ready_buffers = self._camera.NumReadyBuffers  # looking it up takes longer than reading it
         self._camera.StartGrabbing(self._pylon.GrabStrategy_OneByOne)
 
     def _retrieve(self, timeout_s: float) -> list[Frame]:
-        result = self._camera.RetrieveResult(max(1, int(timeout_s * 1000)), self._pylon.TimeoutHandling_Return)
+        timeout_ms = max(1, int(timeout_s * 1000))
+        # All times are of before a look, not after it: we may have been held up in between.
+        began_ns = time.monotonic_ns()
+        waiting = self._ready_buffers.GetValue()
+        self._arrivals.look(waiting, began_ns)
+        result = self._camera.RetrieveResult(timeout_ms, self._pylon.TimeoutHandling_Return)
+        waited_until_ns = min(time.monotonic_ns(), began_ns + timeout_ms * 1_000_000)
         if result is None or not result.IsValid():
+            self._arrivals.look(0, waited_until_ns)
             if time.monotonic() - self._heard_s > _SILENCE_BEFORE_PROBE_S:
                 self._probe()
             return []
-        arrived_ns = time.monotonic_ns()
+        arrived_ns = self._arrivals.take(None if waiting else waited_until_ns)
+        taken_ns = time.monotonic_ns()
+        self._arrivals.look(self._ready_buffers.GetValue(), taken_ns)
         self._heard_s = time.monotonic()
         block_id = int(result.BlockID)
         device_id = None if block_id == INVALID_ID else block_id
         frames = [
-            self._report(FrameStatus.LOST, f"the camera's block id jumped to {block_id}")
+            Frame(FrameStatus.LOST, self._source, detail=f"the camera's block id jumped to {block_id}")
             for _ in range(self._ids.missing_before(block_id))
         ]
         if not result.GrabSucceeded():
@@ -352,14 +369,14 @@ class PylonCamera:
             if self._failed_in_a_row >= _FAILED_GRABS_BEFORE_REOPEN:
                 self._lost_because = f"{self._failed_in_a_row} grabs failed in a row"
             failure = f"{result.GetErrorDescription()} (0x{result.GetErrorCode() & 0xFFFFFFFF:08x})"
-            frames.append(self._report(FrameStatus.INCOMPLETE, failure, device_id))
+            frames.append(self._incomplete(failure, device_id, arrived_ns))
             return frames
         self._failed_in_a_row = 0
         shape = (result.Height, result.Width) + ((3,) if self._pixel_format.channels == 3 else ())
         samples = np.asarray(_Lent(result, self._pixel_format))
         if samples.size != math.prod(shape):
             problem = f"{samples.size} samples do not fill {shape} {self._pixel_format.value}"
-            frames.append(self._report(FrameStatus.INCOMPLETE, problem, device_id))
+            frames.append(self._incomplete(problem, device_id, arrived_ns))
             return frames
         frames.append(
             Frame(
@@ -374,8 +391,10 @@ class PylonCamera:
         )
         return frames
 
-    def _report(self, status: FrameStatus, detail: str, device_id: int | None = None) -> Frame:
-        return Frame(status, self._source, device_id=device_id, detail=detail)
+    def _incomplete(self, detail: str, device_id: int | None, arrived_ns: int) -> Frame:
+        return Frame(
+            FrameStatus.INCOMPLETE, self._source, device_id=device_id, detail=detail, arrived_ns=arrived_ns
+        )
 
     def _probe(self) -> None:
         """Ask a silent camera whether it is still there; the removal callback is sometimes missed."""
@@ -388,6 +407,7 @@ class PylonCamera:
         """Stop grabbing and close the device, whatever state it is in."""
         camera, self._camera = self._camera, None
         line, self._pass_line = self._pass_line, None
+        self._ready_buffers = None
         if camera is None:
             return
         end_passing = [] if line is None else [line.close]
@@ -395,6 +415,38 @@ class PylonCamera:
             # A device that is gone refuses each step of its own closing; the next steps still matter.
             with contextlib.suppress(self._genicam.GenericException):
                 step()
+
+
+class Arrivals:
+    """When frames arrived that waited in the driver's queue: no sooner than the last look that did not count them.
+
+    Their deadlines run while our thread is held up, in a slow call or by the operating system: a part that waited
+    is late, and must not pass another that stands at the gate by now.
+    """
+
+    def __init__(self) -> None:
+        self._taken = 0
+        self._after_ns = time.monotonic_ns()
+        self._looks: deque[tuple[int, int]] = deque()
+        """How many frames had come in all, and when that was; the last look of each number."""
+
+    def look(self, waiting: int, at_ns: int) -> None:
+        """Note that so many frames waited in the queue at some time, and no more."""
+        come = self._taken + waiting
+        if self._looks and self._looks[-1][0] >= come:
+            self._looks.pop()
+        self._looks.append((come, at_ns))
+
+    def take(self, came_by_ns: int | None) -> int:
+        """Return when the frame arrived that was just taken.
+
+        Args:
+            came_by_ns: when the wait for it was over; None: it was there already.
+        """
+        self._taken += 1
+        while self._looks and self._looks[0][0] < self._taken:
+            self._after_ns = self._looks.popleft()[1]
+        return self._after_ns if came_by_ns is None else came_by_ns
 
 
 class _Lent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -44,6 +45,8 @@ class ReplayOptions(Options):
         try:
             found = Path(path).exists() or glob.glob(path, recursive=True)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
+                return path  # a disk that is not well is no mistake in the file: opening the folder says it
             raise ValueError(f"{path}: {error.strerror}") from error
         if not found:
             raise ValueError(f"nothing there: {Path(path).absolute()}")
@@ -67,22 +70,22 @@ def list_images(path: str | Path) -> list[tuple[str, Path]]:
     root = Path(path)
     if root.is_dir():
         found = [
-            (_readable(file.relative_to(root).as_posix()), file)
+            (readable(file.relative_to(root).as_posix()), file)
             for file in root.rglob("*")
             if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file, root) and file.is_file()
         ]
     elif root.is_file():
-        found = [(_readable(root.name), root)]
+        found = [(readable(root.name), root)]
     else:
         found = [
-            (_readable(match), Path(match))
+            (readable(match), Path(match))
             for match in glob.glob(str(path), recursive=True)
             if Path(match).suffix.lower() in IMAGE_SUFFIXES and Path(match).is_file()
         ]
     return natsorted(found, key=lambda pair: pair[0], alg=ns.PATH)
 
 
-def _readable(name: str) -> str:
+def readable(name: str) -> str:
     """Replace what is not UTF-8 in a file's name: messages are."""
     return os.fsencode(name).decode("utf-8", "replace")
 
@@ -167,8 +170,8 @@ class ReplayCamera:
         """List the files; a reopened replay goes on where it was."""
         path = Path(self._options.path)
         if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
-            if _readable(str(path)) != str(path):
-                raise CameraError(f"{_readable(str(path.absolute()))}: a video's name must be UTF-8; rename it")
+            if readable(str(path)) != str(path):
+                raise CameraError(f"{readable(str(path.absolute()))}: a video's name must be UTF-8; rename it")
             probe = cv2.VideoCapture(str(path))
             opened = probe.isOpened()
             probe.release()

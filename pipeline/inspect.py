@@ -45,16 +45,21 @@ class Inspector:
     def warm_up(self) -> None:
         """Do what is done once only, so that the first part is not the slowest.
 
-        Preparing dark frame and flat field for a 5 MP camera takes as long as a deadline.
+        Preparing dark frame and flat field for a 5 MP camera takes as long as a deadline, and so does compiling a
+        pixel format's kernel.
         """
         self.engine.warm_up()
         spec = self.bundle.model.preprocess
         given = next((array for array in (spec.dark, spec.flat, spec.ignore) if array is not None), None)
-        if given is None:
-            return
+        if given is not None:
+            rows, columns = given.shape[:2]
+        elif spec.roi is not None:
+            rows, columns = spec.roi.y + spec.roi.height, spec.roi.x + spec.roi.width
+        else:
+            rows, columns = spec.height, spec.width
         for name in self.bundle.training.get("pixel_formats", ()):
             fmt = PixelFormat(name)
-            shape = given.shape[:2] + ((3,) if fmt.channels == 3 else ())
+            shape = (rows, columns, 3) if fmt.channels == 3 else (rows, columns)
             blank: Image = np.zeros(shape, np.uint8) if fmt.bits == 8 else np.zeros(shape, np.uint16)
             self.engine.raw_maps(blank, fmt)
 

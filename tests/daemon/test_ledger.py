@@ -132,6 +132,12 @@ def test_an_abandoned_generation_numbers_nothing_and_what_it_has_numbered_stays_
     assert ledger.open(Ticket(), frame()).sequence == 2
 
 
+def test_what_an_earlier_run_left_has_a_deadline_too(ledger):
+    with_deadline(ledger, 60_000).restore(7)
+    (restored,) = ledger.take(0, 1)
+    assert restored.due_ns > time.monotonic_ns(), "or its commit would hold up the first parts"
+
+
 def test_what_an_earlier_run_left_is_restored_and_giving_up_leaves_nothing_open(ledger):
     ledger.restore(7)
     waiting = ledger.open(Ticket(), frame())

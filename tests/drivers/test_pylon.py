@@ -12,7 +12,7 @@ import pytest
 from drivers.camera import CameraError, CameraLost, DriverMissing, EndOfStream, Fires
 from drivers.counter import BlockIdCounter
 from drivers.frame import FrameStatus, PixelFormat
-from drivers.pylon import _LENT_BUFFERS, PylonCamera, PylonOptions
+from drivers.pylon import _LENT_BUFFERS, Arrivals, PylonCamera, PylonOptions
 from drivers.pylon_output import PassLine, PassOutput
 
 pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
@@ -134,6 +134,51 @@ def test_a_pulled_cable_in_free_run_means_reopen(opened):
 
     with pytest.raises(CameraLost, match="cable pulled"):
         grab_for_ever()
+
+
+def test_a_frame_that_waited_for_us_arrived_before_we_came_for_it(opened):
+    camera = opened(rate_fps=50.0)
+    some_frames(camera, 1)
+    held_up_ns = time.monotonic_ns()
+    while camera._camera.NumReadyBuffers.Value < 4:
+        pass
+    came_ns = time.monotonic_ns()
+    waited = [frame for _ in range(3) for frame in camera.grab(1.0)]
+    assert waited[0].arrived_ns <= held_up_ns < came_ns, "no later than we know"
+    assert [f.arrived_ns for f in waited] == sorted(f.arrived_ns for f in waited)
+    while True:
+        before_ns = time.monotonic_ns()
+        (fresh,) = camera.grab(1.0)
+        if fresh.arrived_ns > before_ns:
+            break  # it came while we waited
+
+
+def test_frames_in_a_queue_arrived_after_the_last_look_without_them(monkeypatch):
+    monkeypatch.setattr(time, "monotonic_ns", lambda: 0)
+    arrivals = Arrivals()
+    arrivals.look(0, at_ns=1)
+    arrivals.look(0, at_ns=2)
+    assert arrivals.take(3) == 3, "we waited for it"
+    arrivals.look(2, at_ns=4)  # two more have come since 2
+    assert arrivals.take(None) == 2
+    arrivals.look(3, at_ns=5)  # one of them is left, and two have come since 4
+    assert [arrivals.take(None) for _ in range(3)] == [2, 4, 4]
+    for at_ns in range(6, 100):
+        arrivals.look(0, at_ns)
+    assert len(arrivals._looks) == 1
+
+
+def test_what_came_before_the_camera_was_lost_can_still_be_had(opened):
+    camera = opened(rate_fps=100.0, features={"ForceFailedBufferCount": 10, "ForceFailedBuffer": True})
+    frames = some_frames(camera, 10)
+    assert [f.status for f in frames] == ["incomplete"] * 10
+    while camera._camera.NumReadyBuffers.Value < 3:
+        pass
+    with pytest.raises(CameraLost, match="10 grabs failed in a row"):
+        camera.grab(1.0)
+    left = [frame for _ in range(3) for frame in camera.grab(0.0)]
+    assert [f.device_id for f in left] == [10, 11, 12]
+    assert {f.status for f in left} == {FrameStatus.COMPLETE}
 
 
 def test_gaps_in_the_block_ids_become_lost_frames(opened):

@@ -15,7 +15,7 @@ from pipeline.inspect import Inspector, judge
 from pipeline.inspection import Outcome, Reason
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
 from pipeline.relative import LevelRange
-from pipeline.scoring import Quantiles
+from pipeline.scoring import FrameArea, Quantiles
 
 
 class CannedEngine:
@@ -258,10 +258,18 @@ def test_what_a_first_frame_needs_is_prepared_before_it_comes(bundle, rng):
             return self.maps
 
     maps = np.zeros((8, 8), np.float32)
-    Inspector(bundle, Watching(maps, maps)).warm_up()
-    assert seen == [], "without corrections nothing depends on the frame's size"
-    spec = replace(bundle.model.preprocess, dark=rng.random((50, 60)).astype(np.float32))
-    training = {**bundle.training, "pixel_formats": ["BayerRG12", "BGR8"]}
-    corrected = replace(bundle, model=replace(bundle.model, preprocess=spec), training=training)
-    Inspector(corrected, Watching(maps, maps)).warm_up()
+    plain = replace(bundle, training={**bundle.training, "pixel_formats": ["BayerRG12", "BGR8"]})
+    spec = plain.model.preprocess
+    size = (spec.height, spec.width)
+
+    def warm_up(**changes):
+        seen.clear()
+        model = replace(plain.model, preprocess=replace(spec, **changes))
+        Inspector(replace(plain, model=model), Watching(maps, maps)).warm_up()
+
+    warm_up()
+    assert seen == [(size, np.uint16, PixelFormat.BAYER_RG12), ((*size, 3), np.uint8, PixelFormat.BGR8)]
+    warm_up(roi=FrameArea(10, 20, 30, 40))
+    assert [shape[:2] for shape, _, _ in seen] == [(60, 40)] * 2
+    warm_up(dark=rng.random((50, 60)).astype(np.float32))
     assert seen == [((50, 60), np.uint16, PixelFormat.BAYER_RG12), ((50, 60, 3), np.uint8, PixelFormat.BGR8)]
