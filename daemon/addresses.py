@@ -107,9 +107,10 @@ class Addresses(BaseModel):
         """Return where commands are taken."""
         return self.control.endpoints or [f"ipc://{self.runtime_folder().absolute() / 'control.sock'}"]
 
-    def control_address(self) -> str:
-        """Return where a client on this machine connects to give commands."""
-        return self.control_endpoints()[0].replace("tcp://*:", "tcp://127.0.0.1:")
+    def control_address(self, *, with_keys: bool) -> str:
+        """Return where a client on this machine connects to give commands; local sockets need no keys."""
+        endpoints = sorted(self.control_endpoints(), key=lambda each: each.startswith("ipc://") == with_keys)
+        return endpoints[0].replace("tcp://*:", "tcp://127.0.0.1:")
 
     def replay_endpoints(self) -> list[str]:
         """Return where verdicts can be had again."""

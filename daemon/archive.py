@@ -21,6 +21,7 @@ from daemon.events import EventKind, Events
 from daemon.images import ImageFormat, Picture, encode_image, write_picture
 from daemon.ledger import Entry, Ledger
 from drivers.frame import Image, PixelFormat
+from pipeline.bundle import write_atomically
 from pipeline.inspection import Inspection, Outcome
 from pipeline.overlay import overlay_of
 
@@ -29,6 +30,7 @@ _WAITING_BYTES = 256 << 20
 _VERDICT_WITHIN_S = 10.0
 _OURS = re.compile(r"\d{4}-\d{2}-\d{2}/\d{12}-(OK|NG|INVALID)\.(png|jpg|npy|json)")
 
+_OWNER = ".station"
 _TRIES = 32
 """Old images that are tried in turn where the disk does not let one go."""
 
@@ -88,16 +90,20 @@ class _Capture:
 class Archive:
     """Keeps images; inspection never waits for it."""
 
-    def __init__(self, keep: Keep | None, captures: Path, ledger: Ledger, events: Events) -> None:
+    def __init__(self, station: str, keep: Keep | None, captures: Path, ledger: Ledger, events: Events) -> None:
         """Prepare.
 
         Args:
+            station: whose images they are.
             keep: which images are kept by themselves; None: none.
             captures: folder in which captures get theirs.
             ledger: knows when a verdict was published.
             events: told when images cannot be kept.
         """
+        self._station = station
         self._keep = keep
+        self._taken_over = self._marked = False
+        """The folder is this station's and what it keeps is known; two would delete each other's images."""
         self._captures = captures
         self._ledger = ledger
         self._events = events
@@ -196,8 +202,11 @@ class Archive:
 
     def write(self) -> None:
         """Write what is wanted until `close`; the work of one thread."""
-        if self._keep is not None and not self._kept:
-            self._find_kept(self._keep.folder)
+        if self._keep is not None and not self._taken_over:
+            try:
+                self._take_over(self._keep.folder)
+            except OSError as error:  # tried again with each image
+                self._tell(str(error))
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -229,7 +238,13 @@ class Archive:
         verdict = None if entry.body is None else json.loads(entry.body)
         outcome = Outcome.INVALID.value if verdict is None else verdict["verdict"]
         day = datetime.fromtimestamp(entry.frame.wall_ns / 1e9, UTC).strftime("%Y-%m-%d")
+        if not self._taken_over:
+            self._take_over(keep.folder)
         self._make_room(keep, copied.image.nbytes)
+        if not self._marked:  # not before there is room, which only deleting may make
+            keep.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(keep.folder / _OWNER, self._station.encode())
+            self._marked = True
         anomaly_map = None if copied.inspection is None else copied.inspection.anomaly_map
         files, size = write_picture(
             keep.folder / day / f"{entry.sequence:012d}-{outcome}",
@@ -254,18 +269,22 @@ class Archive:
             raise
         capture.taken += 1
 
-    def _find_kept(self, folder: Path) -> None:
-        groups: dict[Path, list[Path]] = {}
+    def _take_over(self, folder: Path) -> None:
+        """Look what a folder keeps. Raises OSError where it is another station's, or cannot be read."""
         try:
-            for path in sorted(folder.glob("*/*")):
-                if _OURS.fullmatch(f"{path.parent.name}/{path.name}"):  # whatever else lies there is not ours
-                    groups.setdefault(path.with_suffix(""), []).append(path)
-            for paths in groups.values():
-                size = sum(path.stat().st_size for path in paths)
-                self._kept.append((paths, size))
-                self.bytes += size
-        except OSError as error:
-            self._failed(str(error))
+            owner = (folder / _OWNER).read_text(errors="replace").strip()
+        except FileNotFoundError:
+            owner = None
+        if owner not in (None, self._station):
+            raise OSError(f"{folder} keeps the images of station {owner}: give this one an images.path of its own")
+        groups: dict[Path, list[Path]] = {}
+        for path in sorted(folder.glob("*/*")):
+            if _OURS.fullmatch(f"{path.parent.name}/{path.name}"):  # whatever else lies there is not ours
+                groups.setdefault(path.with_suffix(""), []).append(path)
+        found = [(paths, sum(path.stat().st_size for path in paths)) for paths in groups.values()]
+        self._kept.extend(found)
+        self.bytes += sum(size for _, size in found)
+        self._taken_over, self._marked = True, owner is not None
 
     def _make_room(self, keep: Keep, bytes_needed: int) -> None:
         """Delete the oldest images until quota and reserve hold. Raises OSError when that is not enough."""
@@ -304,9 +323,12 @@ class Archive:
 
     def _failed(self, error: str) -> None:
         self.dropped += 1
+        self._tell(error)
+
+    def _tell(self, error: str) -> None:
         if self.error != error:
             self.error = error
-            self._events.say(EventKind.IMAGES, "an image could not be kept; inspection goes on", error=error)
+            self._events.say(EventKind.IMAGES, "images cannot be kept; inspection goes on", error=error)
 
 
 def _take(copied: _Copied, fmt: PixelFormat, *, overlay: bool) -> Taken:

@@ -6,7 +6,9 @@ again without a change is of no use; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import os
+import sqlite3
 import sys
 import threading
 import traceback
@@ -62,6 +64,13 @@ EXIT_CODES = {
 """By name, so that `inspectord ctl` need not import what only training can raise."""
 
 
+_LASTING = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG),
+    None,
+}
+"""Errors of a path that is wrong, and of what never was a system call's."""
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into one clear message and the right exit code."""
@@ -71,8 +80,21 @@ def clear_errors() -> Iterator[None]:
         for kind in type(error).__mro__:
             code = EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}")
             if code is not None:
-                _fail(error, code)
+                _fail(error, EXIT_FAILED if _may_pass(error) else code)
         raise
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Tell whether a disk or a share is to blame, which may be well again: systemd tries again then."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.errno not in _LASTING
+        if isinstance(cause, sqlite3.Error):
+            code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the rest says where
+            return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR)
+        cause = cause.__cause__
+    return False
 
 
 @contextmanager

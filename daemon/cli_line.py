@@ -67,7 +67,7 @@ def _control(context: typer.Context, config: Path | None) -> Iterator[Control]:
         raise typer.BadParameter("--secret and --server-key belong together", param_hint="--secret")
     with clear_errors():
         addresses = None if config is None else load_addresses(config)
-        address = endpoint or (addresses.control_address() if addresses else "")
+        address = endpoint or (addresses.control_address(with_keys=secret is not None) if addresses else "")
         keys = None
         if secret is not None:
             if server_key is None and addresses is not None and addresses.security.keys is not None:

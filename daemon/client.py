@@ -23,6 +23,8 @@ import zmq.auth
 _RECONNECT_MS = 20
 _HEARTBEAT_MS, _GONE_AFTER_MS = 1000, 3000
 """Without them a network that falls silent (power cut, switch) is never noticed by who only listens."""
+_CONNECTED_WITHIN_MS = 3000
+"""Else the operating system asks at ever longer intervals whether a network is back."""
 _ANSWER_S = 2.0
 """After so long a request is sent again: the daemon may have been restarted in between."""
 _LOOK_UP_MS = 100
@@ -66,6 +68,7 @@ def connected(
         # Requests go to a daemon that is there; they do not wait for one that comes back and obeys them then.
         socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECTED_WITHIN_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _GONE_AFTER_MS)
     socket.setsockopt(zmq.IPV6, "[" in endpoint)

@@ -60,6 +60,7 @@ class Commands:
         self._publishing = publishing
         self._journal = journal
         self._ticket = Ticket()
+        self._capturing = threading.Lock()
 
     def carry_out(self, command: Command) -> Answer | Future[Answer]:
         """Do what a command says, at once or later. Raises Refused."""
@@ -82,7 +83,10 @@ class Commands:
             case Snapshot():
                 return self._snapshot(command)
             case Capture():
-                return self._capture(command)
+                # It makes a folder, on a disk that may hang: one at a time, or who asks again adds threads.
+                if not self._capturing.acquire(blocking=False):
+                    raise Refused("another capture is being begun")
+                return _in_a_thread(lambda: self._capture(command))
             case Stop():
                 self._say("stopped")
                 self._station.stop()
@@ -157,6 +161,8 @@ class Commands:
             raise Refused(f"there is a capture {command.name!r} already; choose another name") from error
         except OSError as error:
             raise Refused(str(error)) from error
+        finally:
+            self._capturing.release()
         return Answer({"folder": str(folder), "wanted": command.count, "replaced": replaced})
 
     def _say(self, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,8 @@ def _check_bundle(path: Path) -> Path:
     try:
         found = (path / MANIFEST).is_file()
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
+            return path  # a disk that is not well is no mistake in the file: reading the bundle says it
         raise ValueError(f"{path}: {error.strerror}") from error
     if not found:
         what = f"no {MANIFEST} in it" if path.is_dir() else "no such folder"

@@ -110,6 +110,8 @@ class Journal:
         self._changed = threading.Condition()
         self._closing = False
         self._connection: sqlite3.Connection | None = None
+        self._opened_as: tuple[int, int] | None = None
+        """The file behind the connection."""
         self._trimmed_s = self._shorten_s = 0.0
         self._opened_ahead_ns = _wall_clock_ahead_ns()
         self._dirty = threading.Event()
@@ -175,6 +177,7 @@ class Journal:
                 connection.execute("INSERT INTO station VALUES (?, 1)", (self._station,))
             elif known[0] != self._station:
                 raise sqlite3.DatabaseError(f"it belongs to station {known[0]}")
+            self._opened_as = _identity(self.path)
         except BaseException:
             connection.close()
             raise
@@ -195,6 +198,8 @@ class Journal:
                         self._keep_for_later(batch)
                         continue
                     self._connection = self._open()
+                if batch and _identity(self.path) != self._opened_as:
+                    raise OSError("its file was deleted or replaced; it is begun anew")
                 self._write(self._connection, batch)
                 batch = []
                 self._trim(self._connection)
@@ -339,6 +344,15 @@ def _wall_clock_ahead_ns() -> int:
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tell a file from another of its name; None where there is none. Raises OSError."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -358,6 +372,21 @@ class Query:
     verdict: str | None = None
     reason: str | None = None
     limit: int | None = None
+
+
+def _opened_to_read(path: Path) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    db = sqlite3.connect(address, uri=True, timeout=2)
+    try:
+        db.execute("SELECT count(*) FROM sqlite_master")
+    except sqlite3.OperationalError as error:
+        db.close()
+        refused = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+        if not refused or path.with_name(f"{path.name}-wal").exists():
+            raise
+        # Who may not write to the folder cannot make the log that a reader wants; without one nobody writes.
+        return sqlite3.connect(f"{address}&immutable=1", uri=True)
+    return db
 
 
 def read_journal(path: Path, query: Query) -> Iterator[tuple[int, bytes]]:
@@ -387,7 +416,7 @@ def read_journal(path: Path, query: Query) -> Iterator[tuple[int, bytes]]:
     statement = f"SELECT sequence, body FROM verdicts WHERE {' AND '.join(conditions)} ORDER BY sequence LIMIT ?"
     left, first = -1 if query.limit is None else query.limit, query.first_sequence
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2)) as db:
+        with contextlib.closing(_opened_to_read(path)) as db:
             # A piece at a time: a reader that holds its transaction open would keep the log from being shortened.
             while left:
                 rows = min(_READ_ROWS, left) if left > 0 else _READ_ROWS

@@ -62,7 +62,7 @@ class Stop(_Request, frozen=True):
 
 Command = Status | Trigger | Pause | Resume | Reload | Snapshot | Capture | Stop
 
-LATER = Reload | Snapshot
+LATER = Reload | Snapshot | Capture
 """Commands that are answered when they are done."""
 
 

@@ -217,7 +217,7 @@ class Station:
                 settings.quota_mib << 20,
                 settings.reserve_mib << 20,
             )
-        return Archive(keep, state / "captures", self._ledger, self.events)
+        return Archive(self._config.station, keep, state / "captures", self._ledger, self.events)
 
     def _make_passing(self) -> Passing:
         return Passing(lambda until_ns: self._camera.signal_pass(until_ns), self.events)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import structlog
 
+from daemon import archive as archive_module
 from daemon.archive import Archive, Keep, NoMap
 from daemon.events import Events, Outbox
 from daemon.images import Picture, encode_image, read_picture, write_picture
@@ -80,7 +81,7 @@ def setup(tmp_path):
                 "quota_bytes": 1 << 30,
                 "reserve_bytes": 0,
             }
-            archive = Archive(Keep(**{**default, **keep}), tmp_path / "captures", ledger, events)
+            archive = Archive("line1", Keep(**{**default, **keep}), tmp_path / "captures", ledger, events)
             thread = threading.Thread(target=archive.write)
             thread.start()
             started.append((archive, thread))
@@ -114,6 +115,11 @@ def setup(tmp_path):
 
 def kept(folder):
     return sorted(path.stem for path in folder.rglob("*.json"))
+
+
+def files_of(folder):
+    """All but the mark of whose folder it is."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".station"]
 
 
 def test_rejects_are_kept_with_map_and_verdict_and_good_parts_are_not(setup):
@@ -155,6 +161,66 @@ def test_an_image_that_finds_no_memory_is_counted_and_leaves_captures_and_snapsh
     assert len(list(captured.iterdir())) > 0
 
 
+def test_two_stations_do_not_share_a_folder_of_images(setup):
+    make, judge, folder = setup
+    (folder / "images").mkdir()
+    (folder / "images/.station").write_text("line2")
+    archive = make()
+    wait_for(lambda: archive.error is not None)
+    assert "keeps the images of station line2" in archive.error
+    assert archive.dropped == 0
+    judge(archive, NG)
+    wait_for(lambda: archive.dropped == 1)
+    assert not kept(folder / "images")
+    (folder / "images/.station").unlink()
+    judge(archive, NG)
+    wait_for(lambda: archive.kept == 1 and archive.error is None)
+    assert (folder / "images/.station").read_text() == "line1"
+
+
+def test_a_full_disk_is_made_room_on_before_its_folder_is_marked(setup, monkeypatch):
+    make, judge, folder = setup
+    first = make()
+    for _ in range(3):
+        judge(first, NG)
+    wait_for(lambda: first.kept == 3)
+    mark = folder / "images/.station"
+    mark.unlink()
+    write = archive_module.write_atomically
+
+    def full(path, blob):
+        if len(kept(folder / "images")) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, blob)
+
+    monkeypatch.setattr(archive_module, "write_atomically", full)
+    second = make(quota_bytes=first.bytes)
+    judge(second, NG)
+    wait_for(lambda: second.kept == 1)
+    assert second.dropped == 0
+    assert mark.read_text() == "line1"
+
+
+def test_images_on_a_disk_that_is_ill_at_the_start_are_counted_when_it_is_well(setup, monkeypatch):
+    make, judge, folder = setup
+    first = make()
+    for _ in range(3):
+        judge(first, NG)
+    wait_for(lambda: first.kept == 3)
+
+    def refuse(path, _pattern):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", refuse)
+        second = make()
+        wait_for(lambda: second.error is not None)
+    assert second.dropped == 0
+    judge(second, NG)
+    wait_for(lambda: second.kept == 1 and second.error is None)
+    assert second.bytes == sum(path.stat().st_size for path in files_of(folder / "images"))
+
+
 def test_every_nth_good_part_is_kept_where_wanted(setup):
     make, judge, folder = setup
     archive = make(every_ok=3)
@@ -178,7 +244,7 @@ def test_the_oldest_make_room_under_the_quota_also_those_of_an_earlier_run(setup
     wait_for(lambda: second.kept == 2)
     wait_for(lambda: len(kept(folder / "images")) == 4)
     assert kept(folder / "images") == [f"{n:012d}-NG" for n in (5, 6, 7, 8)]
-    files = [path for path in (folder / "images").rglob("*") if path.is_file()]
+    files = files_of(folder / "images")
     assert len(files) == 12, "image, map and description go together"
     assert second.bytes == sum(path.stat().st_size for path in files)
 
@@ -207,7 +273,7 @@ def test_images_that_could_not_be_deleted_for_a_while_still_make_room_afterwards
     judge(archive, NG, noise)
     wait_for(lambda: archive.error is None and len(kept(folder / "images")) == 3)
     assert kept(folder / "images")[-1] == "000000000009-NG"
-    assert archive.bytes == sum(p.stat().st_size for p in (folder / "images").rglob("*") if p.is_file())
+    assert archive.bytes == sum(path.stat().st_size for path in files_of(folder / "images"))
 
 
 def test_a_disk_below_its_reserve_keeps_nothing_new_and_says_so(setup):
@@ -230,7 +296,7 @@ def test_a_full_disk_drops_the_image_leaves_nothing_half_written_and_recovers(se
         wait_for(lambda: archive.dropped == 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not [path for path in (folder / "images").rglob("*") if path.is_file()]
+    assert not files_of(folder / "images")
     judge(archive, NG, noise)
     wait_for(lambda: archive.kept == 1 and archive.error is None)
 

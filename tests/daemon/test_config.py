@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from daemon.addresses import load_addresses
+from daemon.cli_errors import clear_errors
 from daemon.config import load_config
 from daemon.yaml_errors import ConfigError
+from pipeline.bundle import read_bundle
 
 
 @pytest.fixture
@@ -158,12 +163,34 @@ def test_on_is_a_section_with_its_defaults(good, tmp_path):
 def test_a_client_on_this_machine_takes_an_address_that_can_be_connected_to(good, tmp_path):
     path = tmp_path / "station.yaml"
 
-    def address(*endpoints):
+    def address(*endpoints, with_keys=False):
         path.write_text(yaml.safe_dump({**good, "control": {"endpoints": list(endpoints)}}))
-        return load_addresses(path).control_address()
+        return load_addresses(path).control_address(with_keys=with_keys)
 
     assert address("tcp://*:5553") == "tcp://127.0.0.1:5553"
     assert address("ipc:///tmp/c.sock", "tcp://*:5553") == "ipc:///tmp/c.sock"
+    assert address("tcp://*:5553", "ipc:///tmp/c.sock") == "ipc:///tmp/c.sock", "no key is needed there"
+    assert address("ipc:///tmp/c.sock", "tcp://*:5553", with_keys=True) == "tcp://127.0.0.1:5553"
+    assert address("ipc:///tmp/c.sock", with_keys=True) == "ipc:///tmp/c.sock"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.EACCES, 2), (errno.ENOENT, 2)]
+)
+def test_a_disk_that_may_be_well_again_is_worth_another_start(good, tmp_path, monkeypatch, number, code):
+    path = tmp_path / "station.yaml"
+    path.write_text(yaml.safe_dump(good))
+    read = Path.read_bytes
+
+    def ill(self):
+        if self.suffix == ".safetensors":
+            raise OSError(number, os.strerror(number), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", ill)
+    with pytest.raises(typer.Exit) as ending, clear_errors():
+        read_bundle(load_config(path).model)
+    assert ending.value.exit_code == code
 
 
 def test_a_file_that_is_only_searched_for_addresses_may_hold_anything_else(good, tmp_path):

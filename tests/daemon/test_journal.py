@@ -9,16 +9,20 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import structlog
+import typer
 
+from daemon.cli_errors import clear_errors
 from daemon.events import EventKind, Events, Outbox
 from daemon.journal import Journal, JournalError, NoJournal, Query, Record, Retention, read_journal
 
+ROOT = Path(__file__).parents[2]
 FOREVER = Retention(days=1e5, largest_bytes=1 << 40)
 
 
@@ -285,6 +289,52 @@ def test_it_can_be_read_while_it_is_written(journal):
         assert r.wait(30)
         if n % 50 == 0:
             assert numbers(made.path) == list(range(1, n + 1))
+
+
+def test_a_journal_that_is_deleted_is_said_and_begun_anew(journal, events):
+    made = journal()
+    made.start()
+    first, second = record(1), record(2)
+    made.submit(first)
+    assert first.wait(30)
+    for file in made.path.parent.glob(f"{made.path.name}*"):
+        file.unlink()
+    made.submit(second)
+    assert not second.wait(30), "nobody could read it there"
+    wait_for(lambda: made.written == 2 and made.error is None)
+    assert numbers(made.path) == [2]
+
+
+def test_who_may_only_read_the_folder_reads_a_journal_that_nobody_writes(journal):
+    """As the service's group does while the daemon is stopped."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = journal(Path(folder) / "journal.sqlite")
+        made.start()
+        last = record(1)
+        made.submit(last)
+        assert last.wait(30)
+        made.end()
+        made.path.chmod(0o444)
+        Path(folder).chmod(0o555)
+        code = (
+            "import os, sys, pathlib; from daemon.journal import Query, read_journal\n"
+            "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+            "print(list(read_journal(pathlib.Path(sys.argv[1]), Query())))"
+        )
+        command = [sys.executable, "-c", code, made.path]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        Path(folder).chmod(0o755)
+    assert "[(1, b'" in said.stdout, said.stderr
+
+
+def test_a_journal_that_somebody_holds_is_worth_another_try(tmp_path):
+    path = tmp_path / "journal.sqlite"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as held:
+        held.execute("CREATE TABLE verdicts (sequence INTEGER)")
+        held.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(typer.Exit) as ending, clear_errors():
+            list(read_journal(path, Query()))
+    assert ending.value.exit_code == 1
 
 
 def test_a_journal_on_a_disk_that_is_not_well_is_an_error_of_the_journal(tmp_path, monkeypatch):
