@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from calibrate.augment import augment
 from calibrate.device import device_of, resolve_precision
@@ -24,12 +25,14 @@ from pipeline.networks import EfficientAD
 from pipeline.preprocess import Preprocessor
 
 _ROUNDS = 5
+_QUANTILE_OF_AT_MOST = 1 << 24
+"""Values that `torch.quantile` takes."""
 
 
 class _Straightforward:
     """The published recipe as one would write it down: float32, one network pass after the other.
 
-    It decodes and prepares each image anew, takes `torch.quantile`, and computes all of the student's outputs.
+    It decodes and prepares each image anew, sorts for its quantiles, and computes all of the student's outputs.
     It draws what `Trainer` draws, so that both sides see the same images in the same order.
     """
 
@@ -63,9 +66,7 @@ class _Straightforward:
         with torch.no_grad():
             described = model.describe(x)
         distance = (described - model.student(x)[:, :TEACHER_CHANNELS]).square()
-        # As torch.quantile, which takes no more than 2^24 values.
-        limit = np.quantile(distance.detach().float().cpu().numpy(), self._options.losses.hard_quantile)
-        hard = distance[distance >= float(limit)].mean()
+        hard = distance[distance >= _quantile(distance.detach(), self._options.losses.hard_quantile)].mean()
         penalty = model.student(n)[:, :TEACHER_CHANNELS].square().mean()
         predicted = model.autoencode(a)
         with torch.no_grad():
@@ -76,6 +77,12 @@ class _Straightforward:
         loss.backward()
         self._optimizer.step()
         return float(loss.detach())
+
+
+def _quantile(values: Tensor, level: float) -> float:
+    if values.numel() <= _QUANTILE_OF_AT_MOST:
+        return float(torch.quantile(values, level))
+    return float(np.quantile(values.float().cpu().numpy(), level))
 
 
 def bench_train(options: TrainOptions, steps: int, listener: Listener) -> dict[str, Any]:

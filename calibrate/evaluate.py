@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from calibrate.dataset import image_digest, read_frame
 from calibrate.layouts import GOOD, DatasetError, TestImage, TestSet, load_test_set, read_defects
+from calibrate.listener import Listener
 from calibrate.metrics import ImageMetrics, PixelMetrics, PixelTally, Rate, image_metrics, score_edges
 from drivers.frame import PixelFormat
 from pipeline.bundle import Bundle
@@ -114,7 +114,7 @@ def evaluate(
     dataset: Path,
     device: DeviceChoice = "auto",
     precision: PrecisionChoice = "auto",
-    on_image: Callable[[int, int], None] | None = None,
+    listener: Listener | None = None,
 ) -> Evaluation:
     """Score every test image through the daemon's own path and compare with the truth.
 
@@ -123,10 +123,12 @@ def evaluate(
         dataset: in one of the layouts of `calibrate.layouts`.
         device: that runs the networks.
         precision: of the engine.
-        on_image: told how many of how many images are done.
+        listener: told how many of how many images are scored.
 
-    Raises DatasetError when the layout is not known or an image cannot be judged, EngineUnavailable.
+    Raises DatasetError when the layout is not known or an image cannot be judged, EngineUnavailable, or
+    TrainingStopped.
     """
+    listener = listener or Listener()
     test_set = load_test_set(dataset)
     images, seen, stand_ins = _unseen(test_set.images, bundle)
     engine = make_engine(bundle, device, precision=precision)
@@ -137,12 +139,12 @@ def evaluate(
     scored = []
     for index, image in enumerate(images):
         scored.append(_score(inspector, test_set, image, pixel_format))
-        if on_image is not None:
-            on_image(index + 1, len(images))
+        listener.step(index + 1, len(images), {})
+        listener.go_on("while scoring; nothing was written")
     scores = np.array([s.score for s in scored])
     kinds = np.array([s.image.kind for s in scored])
     good = kinds == GOOD
-    tally = _tally(bundle, test_set, scored)
+    tally = _tally(bundle, test_set, scored, listener)
     names = sorted(set(kinds[~good].tolist()))
     results = {}
     for name in names:
@@ -264,11 +266,12 @@ def _score(
     return ScoredImage(image, found.score, found.anomaly_map, (height, width), masked=bool(defects))
 
 
-def _tally(bundle: Bundle, test_set: TestSet, scored: list[ScoredImage]) -> PixelTally:
+def _tally(bundle: Bundle, test_set: TestSet, scored: list[ScoredImage], listener: Listener) -> PixelTally:
     """Count all pixels by score and truth, but for defective images without a mask."""
     scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
     tally = PixelTally(score_edges(s.anomaly_map for s in scored))
     for one in scored:
+        listener.go_on("while counting pixels; nothing was written")
         if one.image.kind != GOOD and not one.masked:
             continue
         pixels, window = read_pixels(one, bundle, scorer)

@@ -13,10 +13,12 @@ from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
 from calibrate.train import (
     calibrated,
+    folder_of_the_run,
     good_images,
     image_cache,
     image_facts,
     raw_maps,
+    tell_of_images,
     with_precisions,
 )
 from pipeline.bundle import Bundle, Model, write_bundle
@@ -32,7 +34,8 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
         options: `dataset` holds the good images, `out` takes the bundle; geometry as the model was trained.
         listener: told what is found about precisions.
 
-    Raises ImportFailed when the weights are not EfficientAD's, DatasetError, TrainingStopped, or OSError.
+    Raises ImportFailed when the weights are not EfficientAD's, TrainingError when another run writes there,
+    DatasetError, TrainingStopped, or OSError.
     """
     sides = {options.geometry.image_width, options.geometry.image_height}
     if foreign.padded not in (None, options.geometry.padded):
@@ -54,9 +57,16 @@ def import_model(foreign: ForeignModel, options: TrainOptions, listener: Listene
             found = tuple(foreign.weights[name].shape)
             raise ImportFailed(f"{foreign.origin}: tensor {name} is {found}, not {tuple(tensor.shape)}")
     networks.load_state_dict({n: foreign.weights[n] for n in wanted}, strict=False)
-    listener = listener or Listener()
+    with folder_of_the_run(options):
+        return _calibrated_import(foreign, networks, options, listener or Listener())
+
+
+def _calibrated_import(
+    foreign: ForeignModel, networks: EfficientAD, options: TrainOptions, listener: Listener
+) -> Bundle:
     cache = image_cache(options)
     good = good_images(options, cache, listener)
+    tell_of_images(good, listener)
     listener.say(
         f"the threshold comes from {len(good.held_out)} good images; it is too low if the model was trained on them"
     )

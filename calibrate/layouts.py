@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from drivers.replay import list_images
+from drivers.replay import list_images, readable
 from pipeline.bundle import MANIFEST, is_bundle
 
 GOOD = "good"
@@ -138,7 +138,8 @@ def refuse_among_images(folder: Path, files: Iterable[ImageFile]) -> None:
     """
     inside = folder.resolve()
     for file in files:
-        if inside in file.path.resolve().parents:
+        beside = file.path.parent.resolve()  # an image may be a link to one elsewhere
+        if inside in (beside, *beside.parents, *file.path.resolve().parents):
             raise DatasetError(
                 f"{folder.absolute()} holds images of the data set ({file.name}); write to a folder of its own"
             )
@@ -249,7 +250,12 @@ def read_labels(path: Path) -> NDArray[np.uint16]:
 
     Raises DatasetError.
     """
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.is_file() else None
+    try:  # not imread, which dies of a name that is not UTF-8
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        pixels = None
+    except OSError as error:
+        raise DatasetError(f"{path.absolute()}: {error.strerror}") from error
     if pixels is None:
         raise DatasetError(f"{path.absolute()}: not a readable image")
     if pixels.ndim == 3:
@@ -276,16 +282,20 @@ def _is_ours(folder: Path) -> bool:
 def _tree(root: Path, truth: Path) -> list[TestImage]:
     """List KIND/NAME.png with masks in truth/KIND/NAME_mask.png, NAME.png, or NAME/*.png."""
     folders = (p for p in root.iterdir() if p.is_dir() and p.name not in _NOT_KINDS)
-    kinds = sorted(folder.name for folder in folders if not (_is_ours(folder) or folder.name.startswith(".")))
+    kinds = sorted(folder for folder in folders if not (_is_ours(folder) or folder.name.startswith(".")))
     return [
-        TestImage(file, kind, () if kind == GOOD else _masks(truth / kind, file.name.removeprefix(f"{kind}/")))
+        TestImage(
+            file,
+            readable(kind.name),
+            () if kind.name == GOOD else _masks(truth / kind.name, file.path.relative_to(kind)),
+        )
         for kind in kinds
-        for file in _files(root / kind, f"{kind}/")
+        for file in _files(kind, f"{readable(kind.name)}/")
     ]
 
 
-def _masks(folder: Path, name: str) -> tuple[Path, ...]:
-    stem = folder / Path(name).with_suffix("")
+def _masks(folder: Path, name: Path) -> tuple[Path, ...]:
+    stem = folder / name.with_suffix("")
     if stem.is_dir():
         return tuple(sorted(stem.glob("*.png")))
     for candidate in (stem.with_name(stem.name + "_mask.png"), stem.with_name(stem.name + ".png")):

@@ -39,7 +39,7 @@ class LossOptions:
     hard_quantile: float = 0.999
     """p_hard: only differences at or above this quantile are learnt from; 0 learns from all of them."""
     penalty: bool = True
-    """Pretraining penalty, where natural images are given."""
+    """Pretraining penalty."""
     autoencoder: bool = True
     """Autoencoder and student-autoencoder losses."""
 

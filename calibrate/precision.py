@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.dataset import PreparedImages
+from calibrate.listener import TrainingStopped
 from calibrate.normalize import choose_threshold, map_quantiles, ranges_in, score_maps
 from calibrate.options import TrainOptions
 from calibrate.procedural import natural_like
@@ -61,15 +62,19 @@ def calibrate_precisions(
         scorer: knows the ignored areas.
         options: levels of the quantiles, false-reject rate, seed.
         say: told of a precision that is left out.
-        go_on: called before each precision; may raise to end it all.
+        go_on: called before each image; may raise TrainingStopped to end it all.
     """
 
-    def good() -> Iterator[Prepared]:
-        return (held_out[index] for index in range(min(_LOOKED_AT, len(held_out))))
+    def good(count: int) -> Iterator[Prepared]:
+        for index in range(count):
+            go_on()
+            yield held_out[index]
+
+    some = min(_LOOKED_AT, len(held_out))
 
     def anomalies(stream: int) -> Iterator[Prepared]:
         """Paste them anew for each precision, the same each time: all at once may not fit into memory."""
-        for index, image in enumerate(good()):
+        for index, image in enumerate(good(some)):
             yield paste_anomaly(image, np.random.default_rng([options.seed, stream, index]))
 
     model = bundle.model
@@ -77,8 +82,10 @@ def calibrate_precisions(
     if "int8" in reduced:
         try:
             # Proven on others than those that the ranges are taken from, or nothing could ever exceed these.
-            seen = observe_ranges(model, itertools.chain(good(), anomalies(_OBSERVED)))
+            seen = observe_ranges(model, itertools.chain(good(some), anomalies(_OBSERVED)))
             model = replace(model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
+        except TrainingStopped:
+            raise
         except Exception as error:  # noqa: BLE001 - as below
             reduced.remove("int8")
             say(f"int8 is left out: {type(error).__name__}: {error}")
@@ -88,8 +95,7 @@ def calibrate_precisions(
         "fp32": PrecisionCalibration(bundle.quantiles, bundle.threshold, 0.0, infer_ms)
     }
     for precision in reduced:
-        go_on()
-        everything = itertools.chain((held_out[index] for index in range(len(held_out))), anomalies(_PROVEN))
+        everything = itertools.chain(good(len(held_out)), anomalies(_PROVEN))
         try:
             ours, infer_ms = _timed_maps(engine_of(model, precision), everything)
             on_good = ours[: len(held_out)]
@@ -100,6 +106,8 @@ def calibrate_precisions(
                 autoencoder=bundle.quantiles.ae_a is not None,
                 ranges=ranges_in(bundle.quantiles, on_good, maps, scorer),
             )
+        except TrainingStopped:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a device throws, float32 is there
             say(f"{precision} is left out: {type(error).__name__}: {error}")
             continue

@@ -34,7 +34,7 @@ from calibrate.report import TrainingRecord, write_training_report
 from calibrate.teacher import Teacher, find_teacher
 from calibrate.trainer import Trainer
 from drivers.frame import Image, PixelFormat
-from pipeline.bundle import Bundle, Model, is_bundle, sha256_hex, write_bundle
+from pipeline.bundle import Bundle, Model, check_writable, is_bundle, sha256_hex, write_bundle
 from pipeline.engine import Prepared, RawMaps
 from pipeline.engines import make_float_engine
 from pipeline.machine import available_memory_mib
@@ -74,7 +74,7 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
     Raises TrainingError, DatasetError, CheckpointError, TrainingStopped, or OSError from the disk.
     """
     try:
-        with _folder_of_the_run(options):
+        with folder_of_the_run(options):
             return _train(options, listener or Listener())
     except torch.OutOfMemoryError as error:
         kept = (
@@ -89,13 +89,14 @@ def train(options: TrainOptions, listener: Listener | None = None) -> Bundle:
 
 
 @contextmanager
-def _folder_of_the_run(options: TrainOptions) -> Iterator[None]:
+def folder_of_the_run(options: TrainOptions) -> Iterator[None]:
     """Make the bundle's folder, for this run alone; one that stays empty goes again.
 
     Raises TrainingError or OSError.
     """
     out, made = options.out, not options.out.exists()
-    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is said at once
+    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     handle = os.open(out, os.O_RDONLY)
     try:
         with suppress(OSError):  # of a file system that knows no locks
@@ -128,7 +129,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     cache = image_cache(options)
     good = good_images(options, cache, listener)
     held_out = PreparedImages(good.held_out, cache)
-    _tell_of_images(good, listener)
+    tell_of_images(good, listener)
     teacher = find_teacher(options.teacher, options.size, options.seed)
     listener.say(f"teacher: {teacher.facts['name']} ({teacher.facts['origin']})")
     trainer = Trainer(options, good, cache, device, precision)
@@ -424,7 +425,8 @@ _BARS = " ▁▂▃▄▅▆▇█"
 def _check_same_run(options: TrainOptions, progress: Progress, settings: dict[str, Any]) -> None:
     if progress.settings == settings:
         return
-    changed = sorted(k for k in settings if settings[k] != progress.settings.get(k))
+    every = settings.keys() | progress.settings.keys()
+    changed = sorted(k for k in every if settings.get(k) != progress.settings.get(k))
     raise CheckpointError(
         f"{options.out.absolute()} holds a checkpoint of another run (step {progress.step}); different: "
         f"{', '.join(changed)}. Repeat that run's command, or add --restart to begin anew"
@@ -452,7 +454,8 @@ def good_images(options: TrainOptions, cache: ImageCache, listener: Listener) ->
     return good
 
 
-def _tell_of_images(good: GoodImages, listener: Listener) -> None:
+def tell_of_images(good: GoodImages, listener: Listener) -> None:
+    """Say what was found among the good images: how many, copies, sizes, formats, unreadable files."""
     listener.say(f"{len(good.train)} good images to learn from, {len(good.held_out)} held out ({good.layout})")
     for name, why in good.corrupt:
         listener.say(f"skipped {name}: {why}")

@@ -53,9 +53,9 @@ def show(found: dict[str, Any], columns: Sequence[tuple[str, str]], files: Files
     for row in [headings, *rows]:
         typer.echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     if files.json is not None:
-        from pipeline.bundle import write_atomically
+        from pipeline.bundle import write_result
 
-        write_atomically(files.json, (json.dumps(found, indent=2, allow_nan=False) + "\n").encode())
+        write_result(files.json, (json.dumps(found, indent=2, allow_nan=False) + "\n").encode())
     if files.plot is not None and bars is not None:
         _plot(bars, files.plot)
 

@@ -72,17 +72,17 @@ def engine(
         # Only now: PyTorch takes seconds to load, and a wrong option should be said at once.
         from daemon.bench_engine import FrameOf, Side, bench_engine
         from daemon.progress import ConsoleListener
-        from pipeline.engine_cpu import cpu_precisions
 
+        if on_cuda:
+            precisions = ["fp32", "fp16"]
+        else:
+            from pipeline.engine_cpu import cpu_precisions
+
+            precisions = list(cpu_precisions())
         taken = None if frame_px is None else FrameOf(*frame_px, fmt)
         sides = []
         for each in sizes:
-            engines: list[tuple[str, str]] = [("reference", "fp32")]
-            engines += (
-                [("cuda", "fp32"), ("cuda", "fp16")]
-                if on_cuda
-                else [("cpu", precision) for precision in cpu_precisions()]
-            )
+            engines = [("reference", "fp32"), *(("cuda" if on_cuda else "cpu", other) for other in precisions)]
             sides += [
                 Side(name, precision, each, geometry, threads, device, taken)  # type: ignore[arg-type]
                 for name, precision in engines
@@ -282,10 +282,10 @@ def soak(
     from daemon.soak import SoakFailed, SoakLine
     from daemon.soak import soak as run_soak
 
-    files = Files.checked(json_file, plot)
     if minutes is None and frames is None:
         minutes = 2.0
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        files = Files.checked(json_file, plot)
         line = SoakLine(Path(folder) / "line", model or _quick_model(Path(folder), 64))
         failed: SoakFailed | None = None
         try:

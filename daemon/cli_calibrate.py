@@ -23,6 +23,8 @@ from daemon.cli_options import (
 if TYPE_CHECKING:
     from calibrate.evaluate import Evaluation
     from calibrate.metrics import Rate
+    from calibrate.options import TrainOptions
+    from pipeline.bundle import Bundle
 
 
 def register(app: typer.Typer) -> None:
@@ -150,20 +152,25 @@ def train(
             overwrite=overwrite,
         )
         # Only now: PyTorch, statistics and plots take seconds to load, and a wrong option should be said at once.
-        from calibrate.normalize import promised_false_reject_rate
         from calibrate.train import train as train_bundle
 
         with ConsoleListener() as listener:
             bundle = train_bundle(options, listener)
-        bound = bundle.calibration["false_reject_bound"]
-        typer.echo(
-            f"{out}: model {bundle.model_id}, calibration {bundle.calibration_id}\n"
-            f"threshold {bundle.threshold:.4f} from {bundle.calibration['held_out_images']} held-out images; "
-            f"expected false-reject rate {promised_false_reject_rate(bundle)}"
-        )
-        if bound > false_reject_rate:
-            needed = round(1 / false_reject_rate)
-            typer.echo(f"the wanted {false_reject_rate:.2%} needs about {needed} held-out images")
+        say_bundle(bundle, options)
+
+
+def say_bundle(bundle: Bundle, options: TrainOptions) -> None:
+    """Print what was made, and what its threshold promises."""
+    from calibrate.normalize import promised_false_reject_rate
+
+    calibration, wanted = bundle.calibration, options.false_reject_rate
+    typer.echo(
+        f"{options.out}: model {bundle.model_id}, calibration {bundle.calibration_id}\n"
+        f"threshold {bundle.threshold:.4f} from {calibration['held_out_images']} held-out images; "
+        f"expected false-reject rate {promised_false_reject_rate(bundle)}"
+    )
+    if calibration["false_reject_bound"] > wanted:
+        typer.echo(f"the wanted {wanted:.2%} needs about {round(1 / wanted)} held-out images")
 
 
 def evaluate(
@@ -178,28 +185,24 @@ def evaluate(
     with clear_errors():
         from calibrate.layouts import load_test_set, refuse_among_images
         from daemon.progress import ConsoleListener
-        from pipeline.bundle import read_bundle, write_atomically
+        from pipeline.bundle import check_writable, read_bundle, write_result
 
         engine = engine_words(device, precision)
         loaded = read_bundle(bundle)
         check_file(json_file, "--json")
         if report is not None:
             refuse_among_images(report, (image.file for image in load_test_set(dataset).images))
-            report.mkdir(parents=True, exist_ok=True)  # said at once, not after the scoring
+            report.mkdir(parents=True, exist_ok=True)
+            check_writable(report)
         from calibrate.evaluate import evaluate as evaluate_bundle
         from calibrate.report import write_evaluation_report
 
         with ConsoleListener("scoring") as listener:
-
-            def on_image(done: int, total: int) -> None:
-                listener.step(done, total, {})
-                listener.go_on("while scoring; nothing was written")
-
-            result = evaluate_bundle(loaded, dataset, *engine, on_image)
+            result = evaluate_bundle(loaded, dataset, *engine, listener)
         _print_evaluation(result)
         if json_file is not None:
             text = json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n"
-            write_atomically(json_file, text.encode())
+            write_result(json_file, text.encode())
         if report is not None:
             typer.echo(f"report: {write_evaluation_report(result, loaded, report).absolute()}")
 

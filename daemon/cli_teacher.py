@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from daemon.cli_calibrate import say_bundle
 from daemon.cli_errors import clear_errors
 from daemon.cli_options import area, one_of, pair
 
@@ -137,13 +138,11 @@ def import_foreign(
             held_out_share=held_out or (0.1 if found.statistics is None else 1.0),
             false_reject_rate=false_reject_rate,
             seed=seed,
+            overwrite=overwrite,
         )
         with ConsoleListener() as listener:
             bundle = import_model(found, options, listener)
-    typer.echo(
-        f"{out.absolute()}: model {bundle.model_id}, threshold {bundle.threshold:.4f} "
-        f"from {bundle.calibration['held_out_images']} held-out images"
-    )
+        say_bundle(bundle, options)
 
 
 def fetch_teacher(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,7 @@ class CudaEngine:
                     self._compute()
             self._stream.synchronize()
             # thread_local: while this one is captured, the present engine may go on in its thread.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._compute()
         return graph
 
@@ -141,10 +142,24 @@ class CudaEngine:
         self._maps.copy_(torch.cat(both).float(), non_blocking=True)
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep garbage from being collected: giving an old engine's memory back would end the capture in an error."""
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 @lru_cache(1)
 def _side_streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     """Return the streams beside an engine's own; only a capture needs them, so all engines share two.
 
-    torch hands 32 streams out in turns: new ones for each engine would soon be a judging engine's own.
+    torch hands 32 streams of each priority out in turns: new ones for each engine would soon be the same again,
+    and of an engine's own priority that of one that judges.
     """
-    return torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(priority=-1), torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]

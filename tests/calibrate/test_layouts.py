@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -16,6 +18,8 @@ from calibrate.layouts import (
     layout_of,
     load_test_set,
     read_defects,
+    read_labels,
+    refuse_among_images,
     training_files,
 )
 from calibrate.report import write_evaluation_report
@@ -243,6 +247,35 @@ def test_masks_with_16_bits_and_small_labels_count(tmp_path):
     found = load_test_set(root)
     (region,), _ = read_defects(found, found.images[2], (20, 30))
     assert region.saturation_px == 10
+
+
+def test_names_that_are_not_utf_8_lose_no_masks(tmp_path):
+    kind = os.fsdecode(b"gro\xdf")
+    for name in ("good", kind):
+        for file in ("1.png", os.fsdecode(b"\xdf.png")):
+            image(tmp_path / "small.png")
+            (tmp_path / name).mkdir(exist_ok=True)
+            shutil.copy(tmp_path / "small.png", tmp_path / name / file)
+    (tmp_path / "ground_truth").mkdir()
+    shutil.copytree(tmp_path / kind, tmp_path / "ground_truth" / kind)
+    found = load_test_set(tmp_path)
+    assert [(i.kind, len(i.masks)) for i in found.images] == [("good", 0)] * 2 + [("gro\ufffd", 1)] * 2
+    assert all(read_labels(mask).shape == (20, 30) for i in found.images for mask in i.masks)
+    huge = tmp_path / "huge.pgm"
+    huge.write_bytes(b"P5 100000 100000 255\n1")
+    with pytest.raises(DatasetError, match=r"huge.pgm: not a readable image"):
+        read_labels(huge)
+
+
+def test_nothing_is_written_among_images_not_even_among_links_to_them(tmp_path):
+    image(tmp_path / "there/1.png")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.png").symlink_to(tmp_path / "there/1.png")
+    linked = training_files(tmp_path / "photos").good
+    for folder in ("photos", "there"):
+        with pytest.raises(DatasetError, match="holds images of the data set"):
+            refuse_among_images(tmp_path / folder, linked)
+    refuse_among_images(tmp_path / "photos/model", linked)
 
 
 def test_what_cannot_be_used_says_so(tmp_path):

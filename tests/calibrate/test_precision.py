@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from calibrate import precision as calibrating
 from calibrate.dataset import ImageCache, PreparedImages
 from calibrate.layouts import ImageFile
-from calibrate.listener import Listener
+from calibrate.listener import Listener, TrainingStopped
 from calibrate.normalize import score_maps
 from calibrate.options import TrainOptions
 from calibrate.precision import calibrate_precisions, check_precision, paste_anomaly
@@ -82,6 +83,23 @@ def test_an_engine_that_fails_costs_its_precision_and_not_the_training(bundle, h
     found = calibrate_precisions(bundle, held_out, maps, Scorer(bundle.model.geometry), options, said.append)
     assert set(found.precisions) == {"fp32"}
     assert said == ["fp16 is left out: RuntimeError: out of memory"]
+
+
+@needs_int8
+@pytest.mark.parametrize("images", [3, 15])
+def test_it_stops_between_images_and_leaves_no_precision_out_for_that(bundle, held_out, images):
+    folder = held_out.files[0].path.parent
+    options = TrainOptions(dataset=folder, out=folder, device="cpu")
+    maps, said, looks = raw_maps(bundle.model, held_out, options, Listener()), [], itertools.count(1)
+
+    def go_on():
+        if next(looks) == images:
+            raise TrainingStopped("stopped")
+
+    with pytest.raises(TrainingStopped):
+        calibrate_precisions(bundle, held_out, maps, Scorer(bundle.model.geometry), options, said.append, go_on)
+    assert next(looks) == images + 1
+    assert not said
 
 
 @needs_int8

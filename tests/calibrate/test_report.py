@@ -10,6 +10,7 @@ import pytest
 
 from calibrate.dataset import image_digest
 from calibrate.evaluate import evaluate
+from calibrate.listener import Listener, TrainingStopped
 from calibrate.report import write_evaluation_report
 from drivers.synthetic import PartRenderer, SyntheticOptions
 from pipeline.bundle import read_bundle
@@ -50,6 +51,20 @@ def test_the_json_has_every_metric_between_0_and_1(result):
     assert threshold["escapes"] == sum(kind["escapes"] for kind in facts["kinds"].values())
     assert facts["run"]["layout"] == "MVTec AD"
     assert facts["run"]["images"] == 17
+
+
+@pytest.mark.parametrize("looks", [5, 17 + 5])
+def test_it_stops_where_it_is_asked_to_while_scoring_and_while_counting_pixels(tree, tiny_bundle, looks):
+    class Impatient(Listener):
+        looked = 0
+
+        def should_stop(self):
+            self.looked += 1
+            return self.looked == looks
+
+    where = "counting pixels" if looks > 17 else "scoring"
+    with pytest.raises(TrainingStopped, match=f"stopped while {where}; nothing was written"):
+        evaluate(read_bundle(tiny_bundle), tree, "cpu", listener=Impatient())
 
 
 def test_a_defect_without_mask_is_left_out_of_the_pixel_metrics_and_said(tree, tiny_bundle, tmp_path):

@@ -102,6 +102,9 @@ def test_import_keeps_all_good_images_but_one_for_the_threshold_where_nothing_el
     arguments = ("import", tmp_path / "m.ckpt", "--good", good_parts, "-o")
     said = inspectord(*arguments, tmp_path / "most")
     assert f"the threshold comes from {images - 1} good images; it is too low if the model was trained on" in said
+    assert f"1 good images to learn from, {images - 1} held out" in said
+    assert "expected false-reject rate" in said
+    assert "the wanted 1.00% needs about 100 held-out images" in said
     assert f"from {images // 4} held-out images" in inspectord(*arguments, tmp_path / "few", "--held-out", 0.25)
 
 

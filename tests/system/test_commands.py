@@ -219,7 +219,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_exit_code_130(good_parts, tmp_path):
         (("--tiles", "9x9"), "too many"),
         (("--padded", "--tiles", "2x2"), "tiles need the unpadded geometry"),
         (("--size", "large"), "not one of small, medium"),
-        (("--ignore-mask", "/no/mask.png"), "/no/mask.png: not a readable image"),
+        (("--ignore-mask", "/no/mask.png"), "/no/mask.png: No such file or directory"),
         (("--natural", "/no/folder"), "no natural images there"),
         (("--roi", "0,0,5000,5000"), "reaches beyond the frame"),
     ],
