@@ -19,6 +19,7 @@ from calibrate.train import (
     image_facts,
     raw_maps,
     tell_of_images,
+    tell_of_threshold,
     with_precisions,
 )
 from pipeline.bundle import Bundle, Model, write_bundle
@@ -84,7 +85,7 @@ def _calibrated_import(
     model = Model(foreign.size, options.geometry, options.preprocess, weights_of(networks))
     scorer = Scorer(options.geometry, options.preprocess.ignored_in_roi())
     maps = raw_maps(model, held_out, replace(options, device="cpu"), listener)
-    bundle, _ = calibrated(
+    bundle, scores = calibrated(
         model,
         maps,
         scorer,
@@ -99,5 +100,6 @@ def _calibrated_import(
             **image_facts(good, options),
         },
     )
+    tell_of_threshold(bundle, scores, [file.name for file in good.held_out], listener)
     bundle = with_precisions(bundle, held_out, maps, scorer, options, listener)
     return write_bundle(bundle, options.out)

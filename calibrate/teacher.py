@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from pipeline.architecture import TEACHER_CHANNELS, PdnSize
-from pipeline.bundle import sha256_hex, write_atomically
+from pipeline.bundle import sha256_hex, write_result
 from pipeline.geometry import Geometry
 from pipeline.networks import pdn
 
@@ -120,7 +120,7 @@ def write_teacher(teacher: Teacher, path: Path) -> str:
     facts = json.dumps({k: v for k, v in teacher.facts.items() if k != "sha256"}, sort_keys=True)
     blob = save_tensors(half, {"format": FORMAT, "size": teacher.size, "facts": facts})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, blob)
+    write_result(path, blob)
     return sha256_hex(blob)
 
 

@@ -189,10 +189,12 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     )
     bundle = write_bundle(with_precisions(bundle, held_out, maps, scorer, options, listener), options.out)
     delete_checkpoint(options.out)
+    names = [file.name for file in good.held_out]
+    tell_of_threshold(bundle, scores, names, listener)
     record = TrainingRecord(
         losses=losses,
         loss_names=_LOSS_NAMES,
-        held_out_names=[file.name for file in good.held_out],
+        held_out_names=names,
         held_out_paths=[file.path for file in good.held_out],
         held_out_scores=scores,
         held_out_maps=[scorer.combine(m.student_teacher, m.autoencoder, bundle.quantiles) for m in maps],
@@ -241,6 +243,18 @@ def calibrated(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     return bundle, scores
+
+
+def tell_of_threshold(
+    bundle: Bundle, scores: np.ndarray[Any, np.dtype[np.float64]], names: list[str], listener: Listener
+) -> None:
+    """Say which held-out image alone makes the threshold: what is wrong with it lets defects pass."""
+    order = np.argsort(-scores)
+    if len(order) > 1 and bundle.threshold >= scores[order[0]]:
+        listener.say(
+            f"the threshold is the score of {names[order[0]]} alone (the next highest is {scores[order[1]]:.4f}): "
+            "if that is no good part, or photographed otherwise, take it out and train anew"
+        )
 
 
 def with_precisions(

@@ -29,6 +29,8 @@ _DELIVERED_AT_MOST = 16
 """Grabs before a camera is closed: more than a driver has buffers, and an end for one that never stops."""
 _READY_WITHIN_S = 10.0
 """A camera for a trigger, from when somebody asked for it; its deadline may come first."""
+_ASKED_FOR_S = 1.0
+"""How long a camera is asked at least whether it is ready, for a trigger that waited behind others."""
 _WAITS_WHILE_STOPPING_S = 2.0
 """For a slot: a slow engine must not keep the daemon from ending."""
 
@@ -267,8 +269,7 @@ class Acquisition:
             if entry is None:
                 return
             self.waiting_entry = entry
-            # One that waited behind others asks the camera, too.
-            until_s = max(entry.frame.arrived_ns / 1e9 + _READY_WITHIN_S, time.monotonic() + GRAB_TIMEOUT_S)
+            until_s = max(entry.frame.arrived_ns / 1e9 + _READY_WITHIN_S, time.monotonic() + _ASKED_FOR_S)
             while not entry.is_late() and time.monotonic() < until_s:
                 if self._ready() and not entry.is_late():
                     self._fire(entry)

@@ -240,11 +240,11 @@ class Archive:
         day = datetime.fromtimestamp(entry.frame.wall_ns / 1e9, UTC).strftime("%Y-%m-%d")
         if not self._taken_over:
             self._take_over(keep.folder)
+        elif not self._marked:  # another station may have come first
+            self._check_owner(keep.folder)
         self._make_room(keep, copied.image.nbytes)
         if not self._marked:  # not before there is room, which only deleting may make
-            keep.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(keep.folder / _OWNER, self._station.encode())
-            self._marked = True
+            self._mark(keep.folder)
         anomaly_map = None if copied.inspection is None else copied.inspection.anomaly_map
         files, size = write_picture(
             keep.folder / day / f"{entry.sequence:012d}-{outcome}",
@@ -271,12 +271,7 @@ class Archive:
 
     def _take_over(self, folder: Path) -> None:
         """Look what a folder keeps. Raises OSError where it is another station's, or cannot be read."""
-        try:
-            owner = (folder / _OWNER).read_text(errors="replace").strip()
-        except FileNotFoundError:
-            owner = None
-        if owner not in (None, self._station):
-            raise OSError(f"{folder} keeps the images of station {owner}: give this one an images.path of its own")
+        owner = self._check_owner(folder)
         groups: dict[Path, list[Path]] = {}
         for path in sorted(folder.glob("*/*")):
             if _OURS.fullmatch(f"{path.parent.name}/{path.name}"):  # whatever else lies there is not ours
@@ -284,7 +279,28 @@ class Archive:
         found = [(paths, sum(path.stat().st_size for path in paths)) for paths in groups.values()]
         self._kept.extend(found)
         self.bytes += sum(size for _, size in found)
-        self._taken_over, self._marked = True, owner is not None
+        self._taken_over, self._marked = True, owner == self._station
+
+    def _check_owner(self, folder: Path) -> str:
+        """Return whose folder it is, "" for nobody's. Raises OSError where it is another station's."""
+        try:
+            owner = (folder / _OWNER).read_text(errors="replace").strip()
+        except FileNotFoundError:
+            return ""
+        if owner not in ("", self._station):
+            raise OSError(f"{folder} keeps the images of station {owner}: give this one an images.path of its own")
+        return owner
+
+    def _mark(self, folder: Path) -> None:
+        """Make a folder this station's. Raises OSError, also where another one was faster."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with (folder / _OWNER).open("x") as mark:
+                mark.write(self._station)
+        except FileExistsError:
+            if not self._check_owner(folder):  # a full disk or a power cut left it empty
+                write_atomically(folder / _OWNER, self._station.encode())
+        self._marked = True
 
     def _make_room(self, keep: Keep, bytes_needed: int) -> None:
         """Delete the oldest images until quota and reserve hold. Raises OSError when that is not enough."""

@@ -71,7 +71,7 @@ def check_file(path: Path | None, option: str) -> None:
         raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint=option)
     if path.is_dir():
         raise typer.BadParameter(f"{path.absolute()} is a folder; name a file", param_hint=option)
-    if path.is_file() or not path.exists():
+    if not str(path).startswith("/dev/") and (path.is_file() or not path.exists()):
         from pipeline.bundle import check_writable
 
         try:

@@ -86,7 +86,11 @@ class Commands:
                 # It makes a folder, on a disk that may hang: one at a time, or who asks again adds threads.
                 if not self._capturing.acquire(blocking=False):
                     raise Refused("another capture is being begun")
-                return _in_a_thread(lambda: self._capture(command))
+                try:
+                    return _in_a_thread(lambda: self._capture(command))
+                except RuntimeError:  # no thread can be started
+                    self._capturing.release()
+                    raise
             case Stop():
                 self._say("stopped")
                 self._station.stop()

@@ -79,10 +79,10 @@ class FaultyEngine:
         self._engine.warm_up()
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
-        """Fail as ordered, else do what the real engine does."""
-        if self._faults.happens(Fault.ENGINE_HANG):
+        """Fail as ordered, but for the blank image of a warm-up; else do what the real engine does."""
+        if image.any() and self._faults.happens(Fault.ENGINE_HANG):
             self._faults.hang()
-        if self._faults.happens(Fault.ENGINE_ERROR):
+        if image.any() and self._faults.happens(Fault.ENGINE_ERROR):
             raise RuntimeError("ordered: an illegal memory access was encountered")
         return self._engine.raw_maps(image, fmt)
 

@@ -112,6 +112,7 @@ class Journal:
         self._connection: sqlite3.Connection | None = None
         self._opened_as: tuple[int, int] | None = None
         """The file behind the connection."""
+        self._log_opened_as: tuple[int, int] | None = None
         self._trimmed_s = self._shorten_s = 0.0
         self._opened_ahead_ns = _wall_clock_ahead_ns()
         self._dirty = threading.Event()
@@ -177,7 +178,7 @@ class Journal:
                 connection.execute("INSERT INTO station VALUES (?, 1)", (self._station,))
             elif known[0] != self._station:
                 raise sqlite3.DatabaseError(f"it belongs to station {known[0]}")
-            self._opened_as = _identity(self.path)
+            self._opened_as, self._log_opened_as = _identity(self.path), _identity(self._log)
         except BaseException:
             connection.close()
             raise
@@ -199,6 +200,7 @@ class Journal:
                         continue
                     self._connection = self._open()
                 if batch and _identity(self.path) != self._opened_as:
+                    self._leave_file(self._connection)
                     raise OSError("its file was deleted or replaced; it is begun anew")
                 self._write(self._connection, batch)
                 batch = []
@@ -220,6 +222,16 @@ class Journal:
             self._connection.close()
             self._connection = None
         self._written_all.set()
+
+    def _leave_file(self, connection: sqlite3.Connection) -> None:
+        """Part with a file that was taken away: SQLite would apply its log to the one in its place."""
+        with contextlib.suppress(sqlite3.Error):  # the disk may be gone
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+        self._connection = None
+        if self._log_opened_as is not None and _identity(self._log) == self._log_opened_as:
+            for file in (self._log, self.path.with_name(f"{self.path.name}-shm")):
+                file.unlink(missing_ok=True)
 
     def _write(self, connection: sqlite3.Connection, batch: list[Record]) -> None:
         if not batch:

@@ -258,6 +258,7 @@ class PylonCamera:
 
     def ready(self, timeout_s: float) -> bool:
         """Wait until the camera takes a trigger: those sent earlier collapse into one."""
+        self._check_count()
         self._check_usable()
         with self._lost():
             if not self._pacer.wait(timeout_s):
@@ -284,6 +285,7 @@ class PylonCamera:
 
         Without a timeout, what came before a camera was lost can still be had.
         """
+        self._check_count()
         if timeout_s > 0 or self._camera is None:
             self._check_usable()
         with self._lost():
@@ -307,14 +309,16 @@ class PylonCamera:
         with self._lost():
             line.pulse(until_ns)
 
+    def _check_count(self) -> None:
+        if self._options.frames is not None and self._count >= self._options.frames:
+            raise EndOfStream
+
     def _check_usable(self) -> None:
         if self._pass_line is not None and self._pass_line.stuck is not None:
             # It passes whatever comes until it is off, as opening the camera leaves it.
             self._lost_because = f"the output line could not be switched off: {_first_line(self._pass_line.stuck)}"
         if self._camera is None or self._lost_because:
             raise CameraLost(self._lost_because or "the camera is not open")
-        if self._options.frames is not None and self._count >= self._options.frames:
-            raise EndOfStream
 
     @contextlib.contextmanager
     def _lost(self) -> Iterator[None]:
@@ -340,6 +344,8 @@ class PylonCamera:
         self._arrivals = Arrivals()
         self._ready_buffers = self._camera.NumReadyBuffers  # looking it up takes longer than reading it
         self._camera.StartGrabbing(self._pylon.GrabStrategy_OneByOne)
+        began_ns = time.monotonic_ns()
+        self._arrivals.look(self._ready_buffers.GetValue(), began_ns)
 
     def _retrieve(self, timeout_s: float) -> list[Frame]:
         timeout_ms = max(1, int(timeout_s * 1000))
@@ -426,7 +432,7 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._taken = 0
-        self._after_ns = time.monotonic_ns()
+        self._after_ns = self._last_ns = time.monotonic_ns()
         self._looks: deque[tuple[int, int]] = deque()
         """How many frames had come in all, and when that was; the last look of each number."""
 
@@ -446,7 +452,9 @@ class Arrivals:
         self._taken += 1
         while self._looks and self._looks[0][0] < self._taken:
             self._after_ns = self._looks.popleft()[1]
-        return self._after_ns if came_by_ns is None else came_by_ns
+        # Never before the frame that came before it: of two that came during one wait the first has its end.
+        self._last_ns = max(self._last_ns, self._after_ns if came_by_ns is None else came_by_ns)
+        return self._last_ns
 
 
 class _Lent:

@@ -21,7 +21,7 @@ from calibrate.layouts import DatasetError, ImageFile, load_test_set
 from calibrate.listener import Listener, TrainingError, TrainingStopped
 from calibrate.options import LossOptions, TrainOptions, Turns
 from calibrate.teacher import find_teacher, layout_share
-from calibrate.train import train
+from calibrate.train import tell_of_threshold, train
 from calibrate.trainer import Trainer
 from drivers.frame import PixelFormat
 from drivers.replay import decode_image, list_images, read_image
@@ -425,6 +425,15 @@ def test_mixed_sizes_and_few_images_are_said(options, good_parts, tmp_path):
     assert "images of 4 sizes, 96x93 to 96x96 px" in said
     assert "pixel formats are mixed: BGR8, Mono8" in said
     assert "only 4 different images: expect" in said
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(-1, True), (-2, False)])
+def test_one_image_that_makes_the_threshold_alone_is_named(tiny_bundle, rank, expected):
+    notes, scores = Notes(), np.array([0.2, 0.9, 0.3])
+    bundle = replace(read_bundle(tiny_bundle), threshold=float(np.sort(scores)[rank]))
+    tell_of_threshold(bundle, scores, ["a.png", "odd.png", "b.png"], notes)
+    told = [line for line in notes.said if "score of odd.png alone (the next highest is 0.3000)" in line]
+    assert len(told) == len(notes.said) == expected
 
 
 def test_a_bundle_is_finished_also_when_its_report_cannot_be_written(options):

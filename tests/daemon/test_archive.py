@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import structlog
 
-from daemon import archive as archive_module
 from daemon.archive import Archive, Keep, NoMap
 from daemon.events import Events, Outbox
 from daemon.images import Picture, encode_image, read_picture, write_picture
@@ -72,7 +71,7 @@ def setup(tmp_path):
         events = Events("s", "b", Outbox(), structlog.ReturnLogger())
         started = []
 
-        def make(**keep):
+        def make(station="line1", **keep):
             default = {
                 "folder": tmp_path / "images",
                 "outcomes": frozenset({Outcome.NG, Outcome.INVALID}),
@@ -81,7 +80,7 @@ def setup(tmp_path):
                 "quota_bytes": 1 << 30,
                 "reserve_bytes": 0,
             }
-            archive = Archive("line1", Keep(**{**default, **keep}), tmp_path / "captures", ledger, events)
+            archive = Archive(station, Keep(**{**default, **keep}), tmp_path / "captures", ledger, events)
             thread = threading.Thread(target=archive.write)
             thread.start()
             started.append((archive, thread))
@@ -178,6 +177,30 @@ def test_two_stations_do_not_share_a_folder_of_images(setup):
     assert (folder / "images/.station").read_text() == "line1"
 
 
+def test_of_two_stations_that_begin_a_folder_one_keeps_it(setup):
+    make, judge, folder = setup
+    ours, theirs = make(), make("line2")
+    for archive in (ours, theirs):
+        wait_for(lambda archive=archive: archive._taken_over)
+    judge(ours, NG)
+    wait_for(lambda: ours.kept == 1)
+    judge(theirs, NG)
+    wait_for(lambda: theirs.dropped == 1)
+    assert "keeps the images of station line1" in theirs.error
+    assert (folder / "images/.station").read_text() == "line1"
+    assert len(kept(folder / "images")) == 1
+
+
+def test_a_mark_that_a_power_cut_left_empty_is_nobodys(setup):
+    make, judge, folder = setup
+    (folder / "images").mkdir()
+    (folder / "images/.station").touch()
+    archive = make()
+    judge(archive, NG)
+    wait_for(lambda: archive.kept == 1)
+    assert (folder / "images/.station").read_text() == "line1"
+
+
 def test_a_full_disk_is_made_room_on_before_its_folder_is_marked(setup, monkeypatch):
     make, judge, folder = setup
     first = make()
@@ -186,14 +209,14 @@ def test_a_full_disk_is_made_room_on_before_its_folder_is_marked(setup, monkeypa
     wait_for(lambda: first.kept == 3)
     mark = folder / "images/.station"
     mark.unlink()
-    write = archive_module.write_atomically
+    really_mark = Archive._mark
 
-    def full(path, blob):
-        if len(kept(folder / "images")) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, blob)
+    def full(self, folder):
+        if len(kept(folder)) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        really_mark(self, folder)
 
-    monkeypatch.setattr(archive_module, "write_atomically", full)
+    monkeypatch.setattr(Archive, "_mark", full)
     second = make(quota_bytes=first.bytes)
     judge(second, NG)
     wait_for(lambda: second.kept == 1)

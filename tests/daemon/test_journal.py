@@ -305,6 +305,26 @@ def test_a_journal_that_is_deleted_is_said_and_begun_anew(journal, events):
     assert numbers(made.path) == [2]
 
 
+def test_a_journal_that_is_replaced_does_not_get_the_log_of_the_one_before(journal, events, tmp_path):
+    other = journal(tmp_path / "backup.sqlite")
+    other.start()
+    for number in range(1, 301):
+        other.submit(last := record(number))
+    assert last.wait(30)
+    other.end()
+    made = journal()
+    made.start()
+    for number in range(1001, 1101):
+        made.submit(last := record(number))
+    assert last.wait(30)
+    other.path.replace(made.path)
+    made.submit(record(1101))
+    wait_for(lambda: made.written == 101 and made.error is None)
+    assert numbers(made.path) == [*range(1, 301), 1101]
+    with contextlib.closing(sqlite3.connect(made.path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
 def test_who_may_only_read_the_folder_reads_a_journal_that_nobody_writes(journal):
     """As the service's group does while the daemon is stopped."""
     with tempfile.TemporaryDirectory() as folder:

@@ -518,19 +518,17 @@ def test_a_trigger_waits_for_its_camera_neither_for_ever_nor_through_a_pause(tin
     station = Station(config, camera_for=lambda _settings: NeverReady())
 
     def ask():
-        with Control(config.control_endpoints()[0]) as control:
-            while not control.request("status", connect_s=60)[0]["camera"]["connected"]:
-                pass
-            control.request("trigger")
-            while station.tally.totals().invalid < 1:
-                control.request("status")
-            monkeypatch.setattr(acquisition, "_READY_WITHIN_S", 1e9)
-            control.request("trigger")
-            while station._acquisition.waiting_entry is None:
-                pass
-            control.request("pause")
-            while station.tally.totals().invalid < 2:
-                control.request("status")
+        try:
+            with Control(config.control_endpoints()[0]) as control:
+                wait_for(lambda: control.request("status", connect_s=60)[0]["camera"]["connected"])
+                control.request("trigger")
+                wait_for(lambda: station.tally.totals().invalid == 1)
+                monkeypatch.setattr(acquisition, "_READY_WITHIN_S", 1e9)
+                control.request("trigger")
+                wait_for(lambda: station._acquisition.waiting_entry is not None)
+                control.request("pause")
+                wait_for(lambda: station.tally.totals().invalid == 2)
+        finally:
             station.stop()
 
     asker = threading.Thread(target=ask, daemon=True)

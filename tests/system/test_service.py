@@ -85,7 +85,7 @@ class StuckEngine:
         self._engine.warm_up()
 
     def raw_maps(self, image, fmt):
-        self._calls += 1
+        self._calls += bool(image.any())  # not the blank one of the warm-up
         if self._calls == 3:
             self.stuck.set()
             self.let_go.wait(60)
