@@ -123,7 +123,10 @@ def test_teachers(size, tmp_path, names, pickled):
     assert found.size == size
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(found.weights[name], tensor)
-    write_teacher(found, tmp_path / "teacher.safetensors")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "teacher.safetensors")
+    write_teacher(found, link)
+    assert link.is_symlink()
     again = find_teacher(str(tmp_path / "teacher.safetensors"), size, 0)
     for name, tensor in teacher.state_dict().items():
         torch.testing.assert_close(again.weights[name], tensor, rtol=1e-3, atol=1e-6)
