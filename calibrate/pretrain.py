@@ -45,7 +45,7 @@ from calibrate.procedural import FIELDS, SHAPES
 from calibrate.teacher import Teacher, fold_into_last, whitening, write_teacher
 from drivers.replay import list_images
 from pipeline.architecture import TEACHER_CHANNELS, PdnSize
-from pipeline.bundle import check_writable
+from pipeline.bundle import check_result
 from pipeline.geometry import RECEPTIVE_FIELD_PX
 from pipeline.networks import pdn
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -89,7 +89,7 @@ def pretrain(options: PretrainOptions, listener: Listener | None = None) -> str:
     listener = listener or Listener()
     _check(options)
     options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    check_writable(options.out.resolve().parent)
+    check_result(options.out)
     try:
         network = _distilled(options, listener) if options.target == "backbone" else _taught(options, listener)
     except torch.OutOfMemoryError as error:

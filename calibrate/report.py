@@ -155,9 +155,8 @@ def _write(folder: Path, **content: Any) -> Path:
     for gallery in content["galleries"]:
         pictures += [example.picture for _, examples in gallery.groups for example in examples]
     path = folder / REPORT_PAGE
-    write_atomically(
-        path, html.encode(errors="replace")
-    )  # first: beside it, pictures are never taken for photographs of parts
+    # First: beside it, pictures are never taken for photographs of parts.
+    write_atomically(path, html.encode(errors="replace"))
     for picture in pictures:
         write_atomically(folder / f"{picture.name}.png", picture.png)
     return path

@@ -71,13 +71,12 @@ def check_file(path: Path | None, option: str) -> None:
         raise typer.BadParameter(f"no folder {path.absolute().parent}", param_hint=option)
     if path.is_dir():
         raise typer.BadParameter(f"{path.absolute()} is a folder; name a file", param_hint=option)
-    if not str(path).startswith("/dev/") and (path.is_file() or not path.exists()):
-        from pipeline.bundle import check_writable
+    from pipeline.bundle import check_result
 
-        try:
-            check_writable(path.resolve().parent)
-        except PermissionError as error:
-            raise typer.BadParameter(str(error), param_hint=option) from None
+    try:
+        check_result(path)
+    except PermissionError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def one_of(value: str, option: str, *allowed: str) -> str:

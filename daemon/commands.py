@@ -60,7 +60,8 @@ class Commands:
         self._publishing = publishing
         self._journal = journal
         self._ticket = Ticket()
-        self._capturing = threading.Lock()
+        self._beginning: Future[Answer] | None = None
+        """The latest capture, until it has begun."""
 
     def carry_out(self, command: Command) -> Answer | Future[Answer]:
         """Do what a command says, at once or later. Raises Refused."""
@@ -84,13 +85,10 @@ class Commands:
                 return self._snapshot(command)
             case Capture():
                 # It makes a folder, on a disk that may hang: one at a time, or who asks again adds threads.
-                if not self._capturing.acquire(blocking=False):
+                if self._beginning is not None and not self._beginning.done():
                     raise Refused("another capture is being begun")
-                try:
-                    return _in_a_thread(lambda: self._capture(command))
-                except RuntimeError:  # no thread can be started
-                    self._capturing.release()
-                    raise
+                self._beginning = _in_a_thread(lambda: self._capture(command))
+                return self._beginning
             case Stop():
                 self._say("stopped")
                 self._station.stop()
@@ -165,8 +163,6 @@ class Commands:
             raise Refused(f"there is a capture {command.name!r} already; choose another name") from error
         except OSError as error:
             raise Refused(str(error)) from error
-        finally:
-            self._capturing.release()
         return Answer({"folder": str(folder), "wanted": command.count, "replaced": replaced})
 
     def _say(self, what: str) -> None:

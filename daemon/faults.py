@@ -80,10 +80,11 @@ class FaultyEngine:
 
     def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
         """Fail as ordered, but for the blank image of a warm-up; else do what the real engine does."""
-        if image.any() and self._faults.happens(Fault.ENGINE_HANG):
-            self._faults.hang()
-        if image.any() and self._faults.happens(Fault.ENGINE_ERROR):
-            raise RuntimeError("ordered: an illegal memory access was encountered")
+        if image.any():
+            if self._faults.happens(Fault.ENGINE_HANG):
+                self._faults.hang()
+            if self._faults.happens(Fault.ENGINE_ERROR):
+                raise RuntimeError("ordered: an illegal memory access was encountered")
         return self._engine.raw_maps(image, fmt)
 
 

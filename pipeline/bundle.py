@@ -429,6 +429,12 @@ def write_result(path: Path, blob: bytes) -> None:
         write_atomically(Path(os.path.realpath(path)), blob)
 
 
+def check_result(path: Path) -> None:
+    """Say before long work that `write_result` could not write to a path. Raises OSError."""
+    if not _STREAM.fullmatch(str(path)) and (path.is_file() or not path.exists()):
+        check_writable(Path(os.path.realpath(path)).parent)
+
+
 def check_writable(folder: Path) -> None:
     """Say before long work, not after it, that nothing can be written to a folder. Raises OSError."""
     try:

@@ -177,6 +177,14 @@ def test_two_stations_do_not_share_a_folder_of_images(setup):
     assert (folder / "images/.station").read_text() == "line1"
 
 
+def with_three_rejects(make, judge):
+    archive = make()
+    for _ in range(3):
+        judge(archive, NG)
+    wait_for(lambda: archive.kept == 3)
+    return archive
+
+
 def test_of_two_stations_that_begin_a_folder_one_keeps_it(setup):
     make, judge, folder = setup
     ours, theirs = make(), make("line2")
@@ -203,10 +211,7 @@ def test_a_mark_that_a_power_cut_left_empty_is_nobodys(setup):
 
 def test_a_full_disk_is_made_room_on_before_its_folder_is_marked(setup, monkeypatch):
     make, judge, folder = setup
-    first = make()
-    for _ in range(3):
-        judge(first, NG)
-    wait_for(lambda: first.kept == 3)
+    first = with_three_rejects(make, judge)
     mark = folder / "images/.station"
     mark.unlink()
     really_mark = Archive._mark
@@ -226,10 +231,7 @@ def test_a_full_disk_is_made_room_on_before_its_folder_is_marked(setup, monkeypa
 
 def test_images_on_a_disk_that_is_ill_at_the_start_are_counted_when_it_is_well(setup, monkeypatch):
     make, judge, folder = setup
-    first = make()
-    for _ in range(3):
-        judge(first, NG)
-    wait_for(lambda: first.kept == 3)
+    with_three_rejects(make, judge)
 
     def refuse(path, _pattern):
         raise OSError(errno.ESTALE, "Stale file handle", str(path))

@@ -429,6 +429,18 @@ def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny
     assert all(verdict == known[verdict["sequence"]] for verdict in heard["verdict"]), "sent as it was journaled"
 
 
+def live_station(camera, bundle, folder, endpoint):
+    config = StationConfig(
+        station="live",
+        camera=SyntheticOptions(width=96, height=96),
+        model=bundle,
+        publish=PublishConfig(verdicts=[endpoint]),
+        verdict=VerdictConfig(deadline_ms=20_000),
+        state_dir=folder,
+    )
+    return Station(config, camera_for=lambda settings: camera(settings.camera))
+
+
 def test_what_the_camera_has_delivered_is_judged_before_it_is_closed(tiny_bundle, tmp_path):
     endpoint = f"tcp://127.0.0.1:{free_port()}"
 
@@ -447,15 +459,7 @@ def test_what_the_camera_has_delivered_is_judged_before_it_is_closed(tiny_bundle
             self.left -= 1
             return super().grab(60)
 
-    config = StationConfig(
-        station="backlog",
-        camera=SyntheticOptions(width=96, height=96),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[endpoint]),
-        verdict=VerdictConfig(deadline_ms=20_000),
-        state_dir=tmp_path,
-    )
-    station = Station(config, camera_for=lambda settings: Backlog(settings.camera))
+    station = live_station(Backlog, tiny_bundle, tmp_path, endpoint)
     heard, summary = run_and_listen(station, endpoint)
     assert [(v["sequence"], v["reason"]) for v in heard["verdict"]] == [(1, None), (2, None), (3, None)]
     assert (summary.totals.seen, summary.totals.in_flight) == (3, 0)
@@ -485,15 +489,7 @@ def test_what_a_lost_camera_had_delivered_is_judged(tiny_bundle, tmp_path):
             self.left = 0  # as drivers do
             super().close()
 
-    config = StationConfig(
-        station="pulled",
-        camera=SyntheticOptions(width=96, height=96),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[endpoint]),
-        verdict=VerdictConfig(deadline_ms=20_000),
-        state_dir=tmp_path,
-    )
-    station = Station(config, camera_for=lambda settings: Pulled(settings.camera))
+    station = live_station(Pulled, tiny_bundle, tmp_path, endpoint)
     heard, summary = run_and_listen(station, endpoint)
     assert [(v["sequence"], v["reason"]) for v in heard["verdict"]] == [(1, None), (2, None), (3, None)]
     assert (summary.totals.seen, summary.totals.in_flight) == (3, 0)
