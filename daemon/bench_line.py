@@ -22,6 +22,7 @@ import numpy as np
 import typer
 import yaml
 import zmq
+from numpy.typing import NDArray
 
 from daemon.bench_engine import Side, bench_engine, random_networks
 from daemon.cli_errors import clear_errors, leaving_at_the_end
@@ -54,7 +55,7 @@ _PLAYED_AT_ONCE = 4
 _STARTS_WITHIN_S = 60.0
 _SILENT_S = 60.0
 _LOOKS = 10
-_NOT_ENGINE = ("grab", "queue", "publish")
+_LATENCIES = "latencies.npy"
 
 
 class BenchFailed(Exception):
@@ -149,10 +150,11 @@ class LineResult:
     maps: int
     """Maps that came, those of the warm-up included."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    """p50_ms, p95_ms, p99_ms and max_ms of each stage, of `overhead` (not preprocess or infer) and `total`.
+    """p50_ms, p95_ms, p99_ms and max_ms of each stage, of `overhead` and of `total`.
 
     `total` ends where the subscriber has the verdict. `publish` is what is left of it: plausibility, score,
-    regions, the journal's commit, sockets, and the ways between threads and processes.
+    regions, the journal's commit, sockets, and the ways between threads and processes. `overhead` is the station's
+    own, by its own clock: from grab until the sockets have the verdict, without preprocess and infer.
     """
     rss_mib: list[float] = field(default_factory=list)
     """Resident memory of the station after the warm-up and after each tenth of the verdicts."""
@@ -173,6 +175,7 @@ class BenchStation:
         """
         folder.mkdir(parents=True)
         self._log = folder / "station.log"
+        self._latencies = folder / _LATENCIES
         kinds = ("verdicts", "maps") if maps else ("verdicts",)
         publish = {
             kind: f"tcp://127.0.0.1:{port}" for kind, port in zip(kinds, free_ports(len(kinds)), strict=True)
@@ -259,6 +262,12 @@ class BenchStation:
         pages = int((process / "statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(list((process / "fd").iterdir()))
 
+    def overhead(self, frames: int, warm_up: int) -> dict[str, float]:
+        """Return how long the station, closed by now, held the frames that were measured; as in `stages`."""
+        latencies = np.load(self._latencies)  # of the latest frames, the warm-up forgotten where there were many
+        _, _, preprocess_us, infer_us, total_us = latencies[warm_up:][:frames].T
+        return _spread((total_us - preprocess_us - infer_us) / 1000)
+
     def close(self) -> None:
         """End the station."""
         self._process.send_signal(signal.SIGTERM)
@@ -286,10 +295,22 @@ def _stages(latencies: list[dict[str, int]]) -> dict[str, dict[str, float]]:
     columns = {name: np.array([one[name] for one in latencies]) / 1000 for name in latencies[0]}
     total = columns.pop("total")
     columns["publish"] = total - sum(columns.values())
-    columns["overhead"] = np.asarray(sum(columns[name] for name in _NOT_ENGINE))
     columns["total"] = total
-    names = ("p50_ms", "p95_ms", "p99_ms", "max_ms")
-    return {stage: dict(zip(names, spread(values), strict=True)) for stage, values in columns.items()}
+    return {stage: _spread(values) for stage, values in columns.items()}
+
+
+def _spread(values_ms: NDArray[np.float64]) -> dict[str, float]:
+    return dict(zip(("p50_ms", "p95_ms", "p99_ms", "max_ms"), spread(values_ms), strict=True))
+
+
+def _measured(
+    folder: Path, config: dict[str, Any], *flags: str, frames: int, warm_up: int, maps: bool = False
+) -> LineResult:
+    """Run a station of its own for one measurement. Raises BenchFailed."""
+    with bench_station(folder, config, *flags, maps=maps) as station:
+        found = station.measure(frames, warm_up)
+    found.stages["overhead"] = station.overhead(frames, warm_up)
+    return found
 
 
 def bench_pipeline(
@@ -307,13 +328,14 @@ def bench_pipeline(
     """
     warm_up = max(5, frames // 10)
     results = []
-    with bench_station(folder / "saturated", {**config, **_SATURATED}, "--playback") as station:
-        saturated = station.measure(frames, warm_up)
+    saturated = _measured(
+        folder / "saturated", {**config, **_SATURATED}, "--playback", frames=frames, warm_up=warm_up
+    )
     for load_fps in loads_fps or [saturated.rate_fps / 2]:
         camera = {**config["camera"], "rate_fps": load_fps}
         loaded = {**config, **_QUIET, "camera": camera, "on_overload": "invalid"}
-        with bench_station(folder / f"at {load_fps}", loaded, "--playback") as station:
-            results.append(_result(station.measure(frames, warm_up), load_fps))
+        found = _measured(folder / f"at {load_fps}", loaded, "--playback", frames=frames, warm_up=warm_up)
+        results.append(_result(found, load_fps))
     machine = {**describe_machine(config["device"]), "engine_threads": config.get("threads") or usable_cores()}
     return {"machine": machine, "results": [*results, _result(saturated, None)]}
 
@@ -363,8 +385,12 @@ def bench_ingest(folder: Path, width_px: int, height_px: int, frames: int, round
             if turn > 0 and load_fps is None:
                 continue  # one long run shows what memory does
             count = frames if load_fps is None else max(1, min(frames, _LOADED_FRAMES) // rounds)
-            with bench_station(folder / f"{turn} {name}", config, "--null-engine", maps="maps" in name) as station:
-                seen = station.measure(count, _INGEST_WARM_UP if load_fps is None else _INGEST_WARM_UP // 5)
+            seen = _measured(
+                *(folder / f"{turn} {name}", config, "--null-engine"),
+                frames=count,
+                warm_up=_INGEST_WARM_UP if load_fps is None else _INGEST_WARM_UP // 5,
+                maps="maps" in name,
+            )
             found[name].append({"with": name, **_result(seen, load_fps), "precision": None})
     return {"machine": describe_machine(), "results": [_median(each) for each in found.values()]}
 
@@ -465,6 +491,7 @@ def run_bench_station(
         signal.signal(signal.SIGTERM, lambda _number, _frame: station.stop())
         threading.Thread(target=_stop_without_parent, args=(station,), daemon=True).start()
         typer.echo(station.run())
+        np.save(config.with_name(_LATENCIES), station.tally.latencies_us())
 
 
 def _stop_without_parent(station: Station) -> None:

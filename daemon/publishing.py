@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import msgspec
 import structlog
 import zmq
 
@@ -185,9 +184,12 @@ class Publishing:
             entry.sent = True
             if self._passed is not None and inspection.outcome is Outcome.OK:
                 self._passed(entry.sequence, None if entry.due_ns is None else entry.due_ns + entry.margin_ns)
-        self.last_sent_ns = time.monotonic_ns()
-        inspected = inspection.outcome is not Outcome.INVALID
-        self._ledger.done(entry, msgspec.structs.astuple(latency) if inspected else None)
+        self.last_sent_ns = sent_ns = time.monotonic_ns()
+        stages = None
+        if inspection.outcome is not Outcome.INVALID:
+            sent_after = _us(sent_ns - entry.frame.arrived_ns)
+            stages = (latency.grab, latency.queue, latency.preprocess, latency.infer, sent_after)
+        self._ledger.done(entry, stages)
         self.last_outcome = inspection.outcome
         if self.first_grab_ns is None and entry.frame.grabbed_ns:
             self.first_grab_ns = entry.frame.arrived_ns

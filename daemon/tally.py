@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.inspection import Outcome, Reason
 
 STAGES = ("grab", "queue", "preprocess", "infer", "total")
+"""`total` ends when the sockets have the verdict: its commit, for which a message cannot speak yet, is in it."""
 _KEPT = 65536
 """Latencies that percentiles are taken from: the latest so many frames, in memory that never grows."""
 
@@ -108,7 +109,7 @@ class Summary:
     duration_s: float
     """From the first grab to the last verdict."""
     percentiles_ms: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
-    """p50, p95, p99 and maximum of each stage over inspected frames, and of `journal`, the wait for a commit."""
+    """p50, p95, p99 and maximum of each stage over inspected frames, and of the commit within `total`."""
 
     def __str__(self) -> str:
         t = self.totals
