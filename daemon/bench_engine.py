@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from daemon.ring import Slot
 from drivers.frame import Image, PixelFormat
 from pipeline.architecture import TEACHER_CHANNELS, PdnSize
 from pipeline.bundle import Model
-from pipeline.engine import CalibratedEngine, Precision
+from pipeline.engine import CalibratedEngine, Pending, Precision
 from pipeline.engines import frame_memory
 from pipeline.folded import Filters, fold
 from pipeline.geometry import Geometry
@@ -76,6 +77,16 @@ class Answer(NamedTuple):
     device_memory_mib: float | None
     """Largest memory of the GPU that PyTorch has reserved so far; None on the CPU."""
     took_ms: list[float]
+    saturated_fps: float | None
+    """Rate when as many frames as the engine takes at once are always on their way; only from frames."""
+
+
+class _Timed(NamedTuple):
+    """What a side is timed at."""
+
+    once: Callable[[], object]
+    saturated: Callable[[int], object] | None
+    """So many frames as fast as they are taken."""
 
 
 class SideFailed(Exception):
@@ -105,11 +116,13 @@ def bench_engine(
             latest.append(asking[-1](_WARM_UP))
         once_ms = [min(answer.took_ms) for answer in latest]
         times: list[list[float]] = [[] for _ in sides]
+        rates: list[list[float]] = [[] for _ in sides]
         for turn in range(_ROUNDS):
             for index, ask in enumerate(asking):
                 count = max(1, round(seconds * 1000 / _ROUNDS / once_ms[index]))
                 latest[index] = ask(count)
                 times[index] += latest[index].took_ms
+                rates[index] += [] if (rate := latest[index].saturated_fps) is None else [rate]
             on_round(turn + 1, _ROUNDS)
     device = "cuda" if any(side.engine == "cuda" for side in sides) else "cpu"
     gmac_per_s = _machine_limits(sides[0].threads) if limits and device == "cpu" else {}
@@ -133,6 +146,7 @@ def bench_engine(
                 "p10_ms": float(np.percentile(times[index], 10)),
                 "p90_ms": float(np.percentile(times[index], 90)),
                 "p99_ms": float(np.percentile(times[index], 99)),
+                "saturated_fps": statistics.median(rates[index]) if rates[index] else None,
                 "peak_memory_mib": latest[index].peak_memory_mib,
                 "device_memory_mib": latest[index].device_memory_mib,
                 "ratio_to_reference": base[side.size] / medians[index] if side.size in base else None,
@@ -186,25 +200,31 @@ def _serve(connection: Connection, description: dict[str, Any]) -> None:
     try:
         frame = description["frame"]
         made = {"geometry": Geometry(**description["geometry"]), "frame": frame and FrameOf(**frame)}
-        infer = _make_side(Side(**{**description, **made}))
+        timed = _make_side(Side(**{**description, **made}))
         while True:
             try:
                 count = connection.recv()
             except EOFError:
                 return
-            connection.send(_time(infer, count))
+            connection.send(_time(timed, count))
     except Exception as error:  # noqa: BLE001 - told to the other process, which raises it
         connection.send(f"{type(error).__name__}: {error}")
 
 
-def _time(infer: Callable[[], object], count: int) -> Answer:
+def _time(timed: _Timed, count: int) -> Answer:
     took_ms = []
     for _ in range(count):
         began_ns = time.perf_counter_ns()
-        infer()
+        timed.once()
         took_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
+    saturated_fps = None
+    if timed.saturated is not None:
+        began_ns = time.perf_counter_ns()
+        timed.saturated(count)
+        saturated_fps = count * 1e9 / (time.perf_counter_ns() - began_ns)
     on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return Answer(_peak_mib(), torch.cuda.max_memory_reserved() / 2**20 if on_cuda else None, took_ms)
+    device_mib = torch.cuda.max_memory_reserved() / 2**20 if on_cuda else None
+    return Answer(_peak_mib(), device_mib, took_ms, saturated_fps)
 
 
 def _peak_mib() -> float:
@@ -213,14 +233,14 @@ def _peak_mib() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
-def _make_side(side: Side) -> Callable[[], object]:
+def _make_side(side: Side) -> _Timed:
     """Build a side; returns what is timed."""
     networks = random_networks(side.size, side.geometry)
     g = side.geometry
     image = np.random.default_rng(0).normal(0, 1, (3, g.image_height, g.image_width)).astype(np.float32)
     if side.engine == "reference":
         reference = Reference(networks, side.reference_device, side.threads)
-        return lambda: reference(image)
+        return _Timed(lambda: reference(image), None)
     model = Model(side.size, g, PreprocessSpec(g.image_width, g.image_height), weights_of(networks))
     engine: CalibratedEngine
     if side.engine == "cuda":
@@ -237,9 +257,19 @@ def _make_side(side: Side) -> Callable[[], object]:
             model = replace(model, ranges=dict.fromkeys(names, 1.0))
         engine = CpuEngine(model, side.threads, side.precision)
     if side.frame is None:
-        return lambda: engine.infer(image)
+        return _Timed(lambda: engine.infer(image), None)
     fmt, frame = side.frame.pixel_format, _noise(side.frame, side.engine)
-    return lambda: engine.raw_maps(frame, fmt)
+
+    def saturated(count: int) -> None:
+        waiting: deque[Pending] = deque()
+        for _ in range(count):
+            if len(waiting) == engine.at_once:
+                waiting.popleft()()
+            waiting.append(engine.begin(frame, fmt))
+        for finish in waiting:
+            finish()
+
+    return _Timed(lambda: engine.begin(frame, fmt)(), saturated)
 
 
 def _noise(of: FrameOf, device: Literal["cpu", "cuda"]) -> Image:

@@ -39,7 +39,7 @@ from drivers.pacing import Pacer
 from drivers.pylon import PylonCamera, PylonOptions
 from drivers.synthetic import PartRenderer, SyntheticOptions
 from pipeline.bundle import Bundle, Model, write_bundle
-from pipeline.engine import Precision, RawMaps
+from pipeline.engine import Pending, Precision, RawMaps
 from pipeline.engine_cpu import cpu_precisions
 from pipeline.engines import EngineChoice
 from pipeline.geometry import Geometry
@@ -112,6 +112,7 @@ class NullEngine:
 
     device = "null"
     precision: Precision = "fp32"
+    at_once = 1
 
     def __init__(self, bundle: Bundle) -> None:
         g = bundle.model.geometry
@@ -131,9 +132,9 @@ class NullEngine:
     def warm_up(self) -> None:
         """Nothing to warm up."""
 
-    def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
+    def begin(self, image: Image, fmt: PixelFormat) -> Pending:
         """Return the spotted map, and a flat one."""
-        return self._maps
+        return lambda: self._maps
 
 
 @dataclass

@@ -54,6 +54,11 @@ class Channel(Generic[T]):
         self._closed = False
         self._changed = threading.Condition()
 
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether `get` would wait."""
+        return not self._items
+
     def put(self, item: T) -> None:
         """Append, waiting while full. Raises Closed."""
         with self._changed:

@@ -76,7 +76,7 @@ def _check_speed(config: StationConfig, engine: Engine, frame: Frame, *, live: b
     """Hold the time that a part takes against the deadline and what counts as hung. Raises CheckFailed."""
     assert frame.image is not None
     assert frame.pixel_format is not None
-    maps = [engine.raw_maps(frame.image, frame.pixel_format) for _ in range(_TIMED)]
+    maps = [engine.begin(frame.image, frame.pixel_format)() for _ in range(_TIMED)]
     times_ns = [found.preprocess_ns + found.infer_ns for found in maps]
     took_ns = min(times_ns)  # others may use the machine, too
     deadline_ms, hang_s = config.deadline_ms(live=live), config.supervision.hang_s

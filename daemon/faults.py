@@ -19,7 +19,7 @@ from daemon.cli_options import ConfigOption
 from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.frame import Frame, Image, PixelFormat
 from pipeline.bundle import Bundle
-from pipeline.engine import Engine, RawMaps
+from pipeline.engine import Engine, Pending, RawMaps
 from pipeline.engines import EngineChoice
 
 
@@ -72,20 +72,25 @@ class FaultyEngine:
 
     def __init__(self, engine: Engine, faults: Faults) -> None:
         self._engine, self._faults = engine, faults
-        self.device, self.precision = engine.device, engine.precision
+        self.device, self.precision, self.at_once = engine.device, engine.precision, engine.at_once
 
     def warm_up(self) -> None:
         """Warm the real engine up."""
         self._engine.warm_up()
 
-    def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
-        """Fail as ordered, but for the blank image of a warm-up; else do what the real engine does."""
-        if image.any():
-            if self._faults.happens(Fault.ENGINE_HANG):
+    def begin(self, image: Image, fmt: PixelFormat) -> Pending:
+        """Begin as the real engine does; fail as ordered where its maps are waited for, but not in a warm-up."""
+        finish, is_blank = self._engine.begin(image, fmt), not image.any()
+
+        def finish_or_fail() -> RawMaps:
+            maps = finish()
+            if not is_blank and self._faults.happens(Fault.ENGINE_HANG):
                 self._faults.hang()
-            if self._faults.happens(Fault.ENGINE_ERROR):
+            if not is_blank and self._faults.happens(Fault.ENGINE_ERROR):
                 raise RuntimeError("ordered: an illegal memory access was encountered")
-        return self._engine.raw_maps(image, fmt)
+            return maps
+
+        return finish_or_fail
 
 
 class FaultyCamera:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from daemon.ledger import Entry, JudgedBy, Ledger
 from daemon.ring import FrameRing, Slot
 from daemon.supervision import Call
 from drivers.frame import Image
-from pipeline.inspect import Inspector
+from pipeline.inspect import Begun, Inspector
 from pipeline.inspection import Inspection, Outcome, Reason
 
 _ENGINE_ERRORS_IN_A_ROW = 3
@@ -54,8 +55,10 @@ class Judging:
         self._log = log
         self._previous: Slot | None = None
         self._errors_in_a_row = 0
-        self.current: Grabbed | None = None
-        """What is being judged."""
+        self._begun: deque[tuple[Grabbed, Begun, int]] = deque()
+        """What the engine has begun with, and when it did."""
+        self.in_hand: tuple[Grabbed, ...] = ()
+        """What was taken and has not been judged yet."""
         self.call = Call()
         """Runs while the thread is inside the engine."""
         self.building = Call()
@@ -78,22 +81,26 @@ class Judging:
             raise
         self.ready.set_result(None)
         while True:
+            if self._begun and (len(self._begun) >= inspector.engine.at_once or self._frames.is_empty):
+                self._finish(inspector)
+                continue
             item = self._frames.get()
             if isinstance(item, Grabbed):
-                self.current = item
-                self._judge(inspector, item)
-            elif isinstance(item, Swap):
-                if item.done.set_running_or_notify_cancel():
-                    inspector = item.inspector
-                    self._now_judging(inspector)
-                    item.done.set_result(None)
-            else:
+                self._begin(inspector, item)
+                continue
+            while self._begun:  # what was put in first comes out first, and by the inspector of then
+                self._finish(inspector)
+            if isinstance(item, Probe):
                 self._pass_probe(item.number)
+            elif item.done.set_running_or_notify_cancel():
+                inspector = item.inspector
+                self._now_judging(inspector)
+                item.done.set_result(None)
 
     def held_slots(self) -> list[Slot]:
         """Return the slots that this generation holds."""
-        previous, current = self._previous, self.current  # its thread may come back at this very moment
-        return ([] if previous is None else [previous]) + ([] if current is None else [current.slot])
+        previous, in_hand = self._previous, self.in_hand  # its thread may come back at this very moment
+        return ([] if previous is None else [previous]) + [item.slot for item in in_hand]
 
     def _now_judging(self, inspector: Inspector) -> None:
         bundle, engine = inspector.bundle, inspector.engine
@@ -104,32 +111,45 @@ class Judging:
         )
         self._ledger.judged_by = self._judged_by
 
-    def _judge(self, inspector: Inspector, item: Grabbed) -> None:
-        entry, image = item.entry, item.entry.frame.image
-        if image is None:
-            raise AssertionError("frames without an image are settled by acquisition")
+    def _begin(self, inspector: Inspector, item: Grabbed) -> None:
+        self.in_hand = (*self.in_hand, item)
         began_ns = time.monotonic_ns()
-        inspection: Inspection | None = None
         # One slow frame must not make all that follow late.
-        if not entry.is_late():
-            with self.call.running():
-                inspection = inspector.inspect(entry.frame)
-            self.worked = not self.abandoned
-            if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
-                self._too_late(entry, inspection)
-        self._tap(entry, image, inspection)
-        entry.frame.forget_image()
+        if item.entry.is_late():
+            self._forget(item, None)
+            self.in_hand = self.in_hand[:-1]
+            self._ring.give_back(item.slot)  # nobody looked at it, so nobody compares with it
+            return
+        with self.call.running():
+            begun = inspector.begin(item.entry.frame)
         if self.abandoned:
             raise Closed
-        self.current = None
-        if inspection is None:  # nobody looked at it, so nobody compares with it
-            self._ring.give_back(item.slot)
-            return
+        self._begun.append((item, begun, began_ns))
+
+    def _finish(self, inspector: Inspector) -> None:
+        item, begun, began_ns = self._begun.popleft()
+        entry = item.entry
+        with self.call.running():
+            inspection = inspector.finish(begun)
+        self.worked = not self.abandoned
+        if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
+            self._too_late(entry, inspection)
+        self._forget(item, inspection)
+        self.in_hand = self.in_hand[1:]
         # One frame later than its verdict: the check for frozen frames still compares with this one.
         previous, self._previous = self._previous, item.slot
         if previous is not None:
             self._ring.give_back(previous)
         self._look_at(entry, inspection)
+
+    def _forget(self, item: Grabbed, inspection: Inspection | None) -> None:
+        frame = item.entry.frame
+        if frame.image is None:
+            raise AssertionError("frames without an image are settled by acquisition")
+        self._tap(item.entry, frame.image, inspection)
+        frame.forget_image()
+        if self.abandoned:
+            raise Closed
 
     def _look_at(self, entry: Entry, inspection: Inspection) -> None:
         if inspection.outcome is Outcome.INVALID:

@@ -520,9 +520,8 @@ class Station:
             else:
                 self._line.frames.put(item)  # the probe goes on through the next generation
         judging.abandoned = True
-        current = judging.current  # its thread may come back at this very moment
-        if current is not None:
-            self._ledger.settle(current.entry, lost)
+        for item in judging.in_hand:
+            self._ledger.settle(item.entry, lost)
         for slot in judging.held_slots():
             # A hung call may still read or write its slots when it comes back: they are not used again.
             if hung:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -33,6 +34,10 @@ class RawMaps:
     infer_ns: int
 
 
+Pending = Callable[[], RawMaps]
+"""Waits for the maps of a frame that was begun; called once. Raises the device's own errors."""
+
+
 class Engine(Protocol):
     """Preprocessing and networks on one device. Used by a single thread."""
 
@@ -40,13 +45,18 @@ class Engine(Protocol):
     """`cpu`, or the CUDA device's name."""
     precision: Precision
     """Of the convolutions."""
+    at_once: int
+    """Frames that may be begun before the first of them is finished."""
 
     def warm_up(self) -> None:
         """Run once on nothing, so that the first part is not the slowest."""
         ...
 
-    def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
-        """Compute the raw maps of one frame. Raises FormatMismatch, or the device's own errors."""
+    def begin(self, image: Image, fmt: PixelFormat) -> Pending:
+        """Begin with one frame, and go on with it beside what the caller does; frames are finished in their order.
+
+        The image must stay as it is until then. Raises FormatMismatch, or the device's own errors.
+        """
         ...
 
 

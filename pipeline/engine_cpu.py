@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
-from pipeline.engine import Precision, Prepared, RawMaps
+from pipeline.engine import Pending, Precision, Prepared, RawMaps
 from pipeline.folded import fold
 from pipeline.geometry import Tile
 from pipeline.openvino_graph import Part, Ranges, build_graph, build_observer
@@ -29,6 +29,11 @@ def cpu_precisions() -> list[Precision]:
     """List the precisions that this processor computes in."""
     able = set(CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     return [precision for precision, needed in _NEEDS.items() if needed in able]  # type: ignore[misc]
+
+
+_AT_ONCE = 2
+"""A frame is prepared while the one before it is in the networks. In tiles, where the networks run many times for a
+frame, that would be for the first of them only."""
 
 
 class CpuEngine:
@@ -55,25 +60,45 @@ class CpuEngine:
         options = compile_options(precision, threads, pin_threads=pin_threads)
         self._tiles = self._geometry.tiles() if self._geometry.is_tiled else None
         parts: list[Part] = ["prediction", "tile"] if self._tiles else ["whole"]
-        self._requests = [
-            CORE.compile_model(
-                build_graph(folded, part, ranges, winograd=precision == "fp32"), "CPU", options
-            ).create_infer_request()
+        compiled = [
+            CORE.compile_model(build_graph(folded, part, ranges, winograd=precision == "fp32"), "CPU", options)
             for part in parts
         ]
+        self.at_once = 1 if self._tiles else _AT_ONCE
+        self._requests = [graph.create_infer_request() for graph in compiled for _ in range(self.at_once)]
+        self._turn = 0
 
     def warm_up(self) -> None:
         """Run once on an empty picture."""
         g = self._geometry
         self.infer(np.zeros((3, g.image_height, g.image_width), np.float32))
 
-    def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
-        """Compute the raw maps of one frame."""
+    def begin(self, image: Image, fmt: PixelFormat) -> Pending:
+        """Prepare one frame and begin with its raw maps."""
         start_ns = time.perf_counter_ns()
         prepared = self._preprocess(image, fmt)
         ready_ns = time.perf_counter_ns()
-        maps = self.infer(prepared)
-        return RawMaps(*maps, preprocess_ns=ready_ns - start_ns, infer_ns=time.perf_counter_ns() - ready_ns)
+        maps_of = self._begin(prepared)
+
+        def finish() -> RawMaps:
+            st, ae = maps_of()
+            infer_ns = time.perf_counter_ns() - ready_ns
+            return RawMaps(st, ae, preprocess_ns=ready_ns - start_ns, infer_ns=infer_ns)
+
+        return finish
+
+    def _begin(self, prepared: Prepared) -> Callable[[], Sequence[FloatMap]]:
+        if self._tiles is not None:
+            return lambda: self.infer(prepared)
+        request = self._requests[self._turn]
+        self._turn = (self._turn + 1) % self.at_once
+        request.start_async([prepared[None]], share_inputs=True)
+
+        def finish() -> list[FloatMap]:
+            request.wait()
+            return _results(request)
+
+        return finish
 
     def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
         """Compute the raw maps of one prepared image, (map_height, map_width) each."""
@@ -146,4 +171,8 @@ def _piece(
 def _run(request: Any, *inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     """Run; the results are copies, for the request reuses its memory."""
     request.infer(list(inputs), share_inputs=True)
+    return _results(request)
+
+
+def _results(request: Any) -> list[NDArray[np.float32]]:
     return [output.data.copy() for output in request.output_tensors]

@@ -1,4 +1,4 @@
-"""The CUDA engine: CuPy preprocessing straight into the networks' input, and one graph for all the rest."""
+"""The CUDA engine: CuPy preprocessing straight into the networks' input, and a graph for all the rest."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from drivers.frame import Image, PixelFormat
 from pipeline.bundle import Model
-from pipeline.engine import Precision, Prepared, RawMaps
+from pipeline.engine import Pending, Precision, Prepared, RawMaps
 from pipeline.folded import fold
 from pipeline.folded_networks import FoldedEfficientAD
-from pipeline.geometry import Tile
+from pipeline.geometry import Geometry, Tile
 from pipeline.networks import maps_by_tiles
 from pipeline.preprocess_cuda import CudaPreprocessor
 from pipeline.scoring import FloatMap
@@ -34,25 +34,63 @@ _TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class CudaEngine:
-    """The folded networks on CUDA, captured in a graph; float32 (no TF32) or float16.
+    """The folded networks on CUDA, captured in graphs; float32 (no TF32) or float16.
 
-    Autoencoder and teacher run on streams of their own beside the student. A frame costs two launches (the
-    preprocessing kernel and the graph), two copies, no allocation, and one wait, for the maps in pinned memory.
+    A frame takes one of a few lanes, each a stream with a graph and buffers of its own, so that one frame is copied
+    in while another is in the networks. Autoencoder and teacher run on streams of their own beside the student. A
+    frame costs two launches (the preprocessing kernel and the graph), two copies, no allocation, and one wait, for
+    the maps in pinned memory.
     """
+
+    at_once = 3
 
     def __init__(self, model: Model, precision: Precision = "fp32") -> None:
         """Put the networks on the device and capture them. Raises KeyError for a precision of another device."""
         dtype = _TYPES[precision]
         self.device, self.precision = torch.cuda.get_device_name(), precision
         networks = FoldedEfficientAD(fold(model.size, model.geometry, model.weights))
-        self._networks = networks.to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        g = self._geometry = model.geometry
+        networks = networks.to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Memory of the engine that this one replaces; CuPy keeps it by stream and would not give it to another.
         cupy.get_default_memory_pool().free_all_blocks()
-        self._input = torch.zeros(1, 3, g.image_height, g.image_width, device="cuda")
+        g = model.geometry
+        inputs = [torch.zeros(1, 3, g.image_height, g.image_width, device="cuda") for _ in range(self.at_once)]
+        preprocess = CudaPreprocessor(model.preprocess, [cupy.from_dlpack(each[0]) for each in inputs])
+        self._lanes = [_Lane(number, each, preprocess, networks, g, dtype) for number, each in enumerate(inputs)]
+        self._turn = 0
+
+    def warm_up(self) -> None:
+        """Run each lane once on what lies in its input."""
+        for lane in self._lanes:
+            lane.run()
+
+    def begin(self, image: Image, fmt: PixelFormat) -> Pending:
+        """Queue one frame; its maps are waited for once."""
+        lane = self._lanes[self._turn]
+        self._turn = (self._turn + 1) % self.at_once
+        return lane.begin(image, fmt)
+
+    def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
+        """Compute the raw maps of one prepared image, (map_height, map_width) each."""
+        return self._lanes[0].infer(prepared)
+
+
+class _Lane:
+    """A stream with what lies along it: the networks' input, the graph, and the maps in pinned memory."""
+
+    def __init__(
+        self,
+        number: int,
+        network_input: Tensor,
+        preprocess: CudaPreprocessor,
+        networks: FoldedEfficientAD,
+        geometry: Geometry,
+        dtype: torch.dtype,
+    ) -> None:
+        self._number, self._input, self._preprocess = number, network_input, preprocess
+        self._networks, self._geometry, self._dtype = networks, geometry, dtype
+        g = geometry
         self._given = torch.zeros(1, 3, g.image_height, g.image_width, pin_memory=True)
         self._maps = torch.zeros(2, g.map_height, g.map_width, pin_memory=True)
-        self._preprocess = CudaPreprocessor(model.preprocess, cupy.from_dlpack(self._input[0]))
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._borrowed = cupy.cuda.ExternalStream(self._stream.cuda_stream)
         self._arrived = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -61,27 +99,31 @@ class CudaEngine:
         torch.cuda.current_stream().synchronize()
         self._graph = _CAPTURING.submit(self._capture).result()
 
-    def warm_up(self) -> None:
+    def run(self) -> None:
         """Run once on what lies in the input."""
         with self._queueing():
             self._replay()
         self._stream.synchronize()
 
-    def raw_maps(self, image: Image, fmt: PixelFormat) -> RawMaps:
-        """Compute the raw maps of one frame; waits once, for the maps."""
+    def begin(self, image: Image, fmt: PixelFormat) -> Pending:
+        """Queue one frame."""
         start_ns = time.perf_counter_ns()
         with self._queueing():
             self._arrived.record()
-            self._preprocess(image, fmt)
+            self._preprocess(image, fmt, self._number)
             self._prepared.record()
             self._replay()
-        maps = self._take_maps()
-        took_ns = time.perf_counter_ns() - start_ns
-        preprocess_ns = round(self._arrived.elapsed_time(self._prepared) * 1e6)
-        return RawMaps(maps[0], maps[1], preprocess_ns=preprocess_ns, infer_ns=took_ns - preprocess_ns)
+
+        def finish() -> RawMaps:
+            maps = self._take_maps()
+            took_ns = time.perf_counter_ns() - start_ns
+            preprocess_ns = round(self._arrived.elapsed_time(self._prepared) * 1e6)
+            return RawMaps(maps[0], maps[1], preprocess_ns=preprocess_ns, infer_ns=took_ns - preprocess_ns)
+
+        return finish
 
     def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
-        """Compute the raw maps of one prepared image, (map_height, map_width) each."""
+        """Compute the raw maps of one prepared image."""
         self._given[0].copy_(torch.from_numpy(prepared))
         with self._queueing():
             self._input.copy_(self._given, non_blocking=True)
@@ -120,8 +162,8 @@ class CudaEngine:
     def _compute(self) -> None:
         """Queue everything from the input to the maps in host memory on our streams."""
         networks, main = self._networks, self._stream
-        beside, teaching = _side_streams()
-        image = self._input.to(_TYPES[self.precision], memory_format=torch.channels_last)
+        beside, teaching = _side_streams(self._number)
+        image = self._input.to(self._dtype, memory_format=torch.channels_last)
         beside.wait_stream(main)
         with torch.cuda.stream(beside):
             predicted = networks.predict(self._input)
@@ -155,11 +197,12 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-@lru_cache(1)
-def _side_streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Return the streams beside an engine's own; only a capture needs them, so all engines share two.
+@lru_cache
+def _side_streams(lane: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Return the streams beside a lane's own; only a capture needs them, so all engines share them.
 
     torch hands 32 streams of each priority out in turns: new ones for each engine would soon be the same again,
-    and of an engine's own priority that of one that judges.
+    and of a lane's own priority that of one that judges. Libraries keep workspaces for each stream, which a graph
+    remembers: lanes run at once, so each was captured beside streams of its own.
     """
     return torch.cuda.Stream(priority=-1), torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]

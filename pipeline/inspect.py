@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from pipeline.bundle import Bundle
-from pipeline.engine import Engine
+from pipeline.engine import Engine, Pending, RawMaps
 from pipeline.inspection import Inspection, Outcome, Reason
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
 from pipeline.preprocess import FormatMismatch
-from pipeline.scoring import Scorer
+from pipeline.scoring import FloatMap, Region, Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A frame on its way through the engine, or what was found without that."""
+
+    frame: Frame
+    on_its_way: Pending | Inspection
 
 
 class Inspector:
@@ -61,26 +70,43 @@ class Inspector:
             fmt = PixelFormat(name)
             shape = (rows, columns, 3) if fmt.channels == 3 else (rows, columns)
             blank: Image = np.zeros(shape, np.uint8) if fmt.bits == 8 else np.zeros(shape, np.uint16)
-            self.engine.raw_maps(blank, fmt)
+            self.engine.begin(blank, fmt)()
 
     def inspect(self, frame: Frame) -> Inspection:
-        """Judge one frame; every failure becomes INVALID with its reason, nothing is raised.
+        """Judge one frame; every failure becomes INVALID with its reason, nothing is raised."""
+        return self.finish(self.begin(frame))
 
-        The frame's image must stay valid until the next call (it is compared with the next frame).
+    def begin(self, frame: Frame) -> Begun:
+        """Begin with a frame, before those that are on their way are finished, where the engine takes more at once.
+
+        Every failure becomes INVALID with its reason, nothing is raised. The frame's image must stay valid until it
+        is finished and the next frame was begun, which is compared with it.
         """
         if frame.status is FrameStatus.PENDING:
-            return Inspection(Outcome.INVALID, Reason.TIMEOUT, frame.detail)
+            return Begun(frame, Inspection(Outcome.INVALID, Reason.TIMEOUT, frame.detail))
         if frame.status is not FrameStatus.COMPLETE:
-            return Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail)
+            return Begun(frame, Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail))
         try:
-            return self._inspect(frame)
-        except FormatMismatch as error:
+            return Begun(frame, self._begin(frame))
+        except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
+            return Begun(frame, self._failed(error))
+
+    def finish(self, begun: Begun) -> Inspection:
+        """Wait for the oldest frame that was begun, and judge it; nothing is raised, as in `begin`."""
+        if isinstance(begun.on_its_way, Inspection):
+            return begun.on_its_way
+        try:
+            return self._judge(begun.frame, begun.on_its_way())
+        except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
+            return self._failed(error)
+
+    def _failed(self, error: Exception) -> Inspection:
+        if isinstance(error, FormatMismatch):
             self._check.forget()
             return Inspection(Outcome.INVALID, Reason.FORMAT, str(error))
-        except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
-            return Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error)
+        return Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error)
 
-    def _inspect(self, frame: Frame) -> Inspection:
+    def _begin(self, frame: Frame) -> Pending | Inspection:
         image, fmt = frame.image, frame.pixel_format
         if image is None or fmt is None:
             raise ValueError("a complete frame without an image")
@@ -88,7 +114,9 @@ class Inspector:
         problem = self._check.problem(image, fmt)
         if problem is not None:
             return Inspection(Outcome.INVALID, Reason.IMAGE, problem)
-        raw = self.engine.raw_maps(image, fmt)
+        return self.engine.begin(image, fmt)
+
+    def _judge(self, frame: Frame, raw: RawMaps) -> Inspection:
         if not (np.isfinite(raw.student_teacher).all() and np.isfinite(raw.autoencoder).all()):
             return Inspection(Outcome.INVALID, Reason.ENGINE, "the anomaly map holds values that are not finite")
         with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the score, below
@@ -99,8 +127,7 @@ class Inspector:
         outcome = judge(score, self.threshold)
         if outcome is Outcome.INVALID:
             return Inspection(outcome, Reason.ENGINE, f"the score is {score}, the threshold {self.threshold}")
-        area = self.bundle.model.preprocess.area(image.shape[1], image.shape[0])
-        regions = [] if outcome is Outcome.OK else self._scorer.regions(stretched, self.threshold, area)
+        regions = [] if outcome is Outcome.OK else self._regions(stretched, frame)
         return Inspection(
             outcome,
             score=score,
@@ -109,6 +136,11 @@ class Inspector:
             preprocess_ns=raw.preprocess_ns,
             infer_ns=raw.infer_ns,
         )
+
+    def _regions(self, stretched: FloatMap, frame: Frame) -> list[Region]:
+        assert frame.image is not None
+        height, width = frame.image.shape[:2]
+        return self._scorer.regions(stretched, self.threshold, self.bundle.model.preprocess.area(width, height))
 
     def _check_format(self, fmt: PixelFormat) -> None:
         if fmt in self._unfit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -152,36 +153,40 @@ def kernel_arguments(spec: PreprocessSpec, fmt: PixelFormat, frame_width: int, f
 
 
 class CudaPreprocessor:
-    """Run the kernel on the current CuPy stream, into a buffer that is allocated once."""
+    """Run the kernel on the current CuPy stream, into buffers that are allocated once."""
 
-    def __init__(self, spec: PreprocessSpec, out: Any) -> None:
+    def __init__(self, spec: PreprocessSpec, outs: Sequence[Any]) -> None:
         """Prepare.
 
         Args:
             spec: what the bundle says.
-            out: CuPy array, (3, height, width) float32, contiguous; every call overwrites it.
+            outs: a CuPy array for each lane, (3, height, width) float32, contiguous.
         """
         import cupy
 
         self._cupy = cupy
         self._spec = spec
-        self._out = out
+        self._outs = outs
         # Compiled here, so that a compiler that fails does so at start and not at the first part.
         self._kernels = {
             bits: cupy.RawKernel(kernel_source(bits), "preprocess", options=("--fmad=false",)) for bits in (8, 16)
         }
         for kernel in self._kernels.values():
             kernel.compile()
-        self._prepared: dict[tuple[PixelFormat, tuple[int, ...]], tuple[Any, Any, list[Any]]] = {}
+        self._prepared: dict[tuple[PixelFormat, tuple[int, ...]], tuple[Any, list[Any], list[Any]]] = {}
 
-    def __call__(self, image: Image, fmt: PixelFormat) -> None:
-        """Queue copy and kernel for one frame, which must not change until they are done. Raises FormatMismatch."""
+    def __call__(self, image: Image, fmt: PixelFormat, lane: int = 0) -> None:
+        """Queue copy and kernel for a frame, which must stay as it is until then; overwrites a lane's buffer.
+
+        Raises FormatMismatch.
+        """
         if not fmt.fits(image):
             raise FormatMismatch(f"{image.shape} {image.dtype} is not {fmt.value}")
         key = (fmt, image.shape)
         if key not in self._prepared:
             self._prepared[key] = self._prepare(image, fmt)
-        kernel, raw, arguments = self._prepared[key]
+        kernel, raws, arguments = self._prepared[key]
+        raw, out = raws[lane], self._outs[lane]
         area = self._spec.area(image.shape[1], image.shape[0])
         whole = np.ascontiguousarray(image)
         # From row to row, so that a region of interest is not copied together on the host first.
@@ -196,11 +201,11 @@ class CudaPreprocessor:
             self._cupy.cuda.runtime.memcpyHostToDevice,
             self._cupy.cuda.get_current_stream().ptr,
         )
-        height, width = self._out.shape[1:]
+        height, width = out.shape[1:]
         grid = (-(-width // _BLOCK[0]), -(-height // _BLOCK[1]))
-        kernel(grid, _BLOCK, (raw, *arguments, self._out, np.int32(width), np.int32(height)))
+        kernel(grid, _BLOCK, (raw, *arguments, out, np.int32(width), np.int32(height)))
 
-    def _prepare(self, image: Image, fmt: PixelFormat) -> tuple[Any, Any, list[Any]]:
+    def _prepare(self, image: Image, fmt: PixelFormat) -> tuple[Any, list[Any], list[Any]]:
         cupy = self._cupy
         values = kernel_arguments(self._spec, fmt, image.shape[1], image.shape[0])
         kernel = self._kernels[8 if fmt.bits == 8 else 16]
@@ -213,4 +218,5 @@ class CudaPreprocessor:
             else:
                 arguments.append(np.int32(value) if isinstance(value, int) else value)
         shape = (values["height"], values["width"]) + ((3,) if fmt.channels == 3 else ())
-        return kernel, cupy.empty(shape, fmt.dtype), arguments
+        cupy.cuda.get_current_stream().synchronize()  # other lanes' streams use them, too
+        return kernel, [cupy.empty(shape, fmt.dtype) for _ in self._outs], arguments

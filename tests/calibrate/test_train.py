@@ -347,7 +347,7 @@ def test_evaluate_prints_what_a_ranking_by_hand_gives(test_tree, tiny_bundle):
     scores = {}
     for file, kind, _masks in load_test_set(test_tree).images:
         frame = read_frame(file)
-        raw = engine.raw_maps(frame.image, frame.pixel_format)
+        raw = engine.begin(frame.image, frame.pixel_format)()
         combined = scorer.combine(raw.student_teacher, raw.autoencoder, bundle.quantiles)
         scores.setdefault(kind, []).append(scorer.stretch(combined).max())
     pairs = [(g < d) + 0.5 * (g == d) for g in scores["good"] for k in ("stain", "scratch") for d in scores[k]]

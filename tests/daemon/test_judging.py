@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import structlog
 
-from daemon.channels import Channel, Grabbed
+from daemon.channels import Channel, Grabbed, Probe, Swap
 from daemon.judging import Judging
 from daemon.ring import FrameRing
+from daemon.supervision import Worker
 from drivers.frame import Frame, FrameStatus, PixelFormat
 from pipeline.bundle import read_bundle
+from pipeline.engine import RawMaps
 from pipeline.engines import frame_memory, make_engine
 from pipeline.inspect import Inspector
 from pipeline.plausible import PlausibleLimits
+from tests.daemon.test_journal import wait_for
 
 
 @pytest.mark.parametrize("late", [(), (1, 3), (0, 1, 2), (2, 3)])
@@ -32,6 +37,117 @@ def test_a_late_frame_does_not_make_the_next_one_look_frozen(tiny_bundle, rng, l
         image = slot.store(rng.integers(40, 200, (96, 96, 3)).astype(np.uint8))
         frame = Frame(FrameStatus.COMPLETE, "part", image=image, pixel_format=PixelFormat.BGR8)
         entry = SimpleNamespace(frame=frame, is_late=lambda number=number: number in late)
-        judging._judge(inspector, Grabbed(entry, slot))
+        judging._begin(inspector, Grabbed(entry, slot))
+        if number not in late:
+            judging._finish(inspector)
     assert reasons == [None] * (6 - len(late))
     assert ring.free_slots == 2, "all but the one that the next frame is compared with"
+
+
+class TwoAtOnce:
+    """Notes what is asked of it; a frame's first pixel is its name."""
+
+    device, precision, at_once = "two", "fp32", 2
+
+    def __init__(self, said, *, stuck_in=None):
+        self.said, self._stuck_in = said, stuck_in
+        self.stuck, self.let_go = threading.Event(), threading.Event()
+
+    def warm_up(self):
+        pass
+
+    def begin(self, image, fmt):
+        name = int(image.flat[0])
+        self.said.append(f"begin {name}")
+
+        def finish():
+            if name == self._stuck_in:
+                self.stuck.set()
+                self.let_go.wait(60)
+            self.said.append(f"finish {name}")
+            return RawMaps(np.zeros((8, 8), np.float32), np.zeros((8, 8), np.float32), 1, 2)
+
+        return finish
+
+
+class Books:
+    """What the ledger would be told."""
+
+    def __init__(self, said):
+        self.said, self.judged_by = said, None
+
+    def settle(self, entry, inspection, **_rest):
+        self.said.append(f"settle {entry.sequence} {inspection.outcome.value}")
+        return True
+
+
+@pytest.fixture
+def begun(tiny_bundle, rng):
+    """A generation with items waiting for it: frames by their names, or what else is sent."""
+    bundle, said = read_bundle(tiny_bundle), []
+    limits = PlausibleLimits(black_below=0, frozen_frames=0)
+    made = SimpleNamespace(said=said, ring=FrameRing(6, frame_memory("cpu")), frames=Channel(8))
+
+    def inspector(**engine):
+        made.engine = TwoAtOnce(said, **engine)
+        return Inspector(bundle, made.engine, limits=limits)
+
+    def begin(*items, **engine):
+        for item in items:
+            if isinstance(item, int):
+                slot = made.ring.lease(0)
+                image = slot.store(np.full((96, 96, 3), item, np.uint8))
+                frame = Frame(FrameStatus.COMPLETE, "part", image=image, pixel_format=PixelFormat.BGR8)
+                item = Grabbed(SimpleNamespace(sequence=item, frame=frame, is_late=lambda: False), slot)
+            made.frames.put(item)
+        made.judging = Judging(
+            *(lambda: inspector(**engine), made.ring, made.frames, Books(said)),
+            pass_probe=lambda number: said.append(f"probe {number}"),
+            tap=lambda entry, _image, _found: said.append(f"tap {entry.sequence}"),
+            events=None,
+            log=structlog.get_logger(),
+        )
+        made.worker = Worker("engine", made.judging.run, lambda: None)
+        made.worker.start()
+        return made
+
+    made.inspector, made.begin = inspector, begin
+    yield made
+    made.engine.let_go.set()
+    made.frames.close()
+    made.worker.join(30)
+    assert not made.worker.is_alive()
+
+
+def test_a_frame_is_begun_while_the_one_before_it_is_in_the_engine(begun):
+    made = begun.begin(1, 2, 3, Probe(7))
+    wait_for(lambda: "probe 7" in made.said)
+    assert made.said == [
+        *("begin 1", "begin 2", "finish 1", "settle 1 OK", "tap 1"),
+        *("begin 3", "finish 2", "settle 2 OK", "tap 2", "finish 3", "settle 3 OK", "tap 3", "probe 7"),
+    ]
+    assert made.judging.in_hand == ()
+    assert made.ring.free_slots == 5, "all but the one that the next frame is compared with"
+
+
+def test_what_was_begun_is_finished_before_the_model_changes(begun):
+    swap = Swap(begun.inspector())
+    made = begun.begin(1, swap, 2)
+    swap.done.result(30)
+    assert made.said[:4] == ["begin 1", "finish 1", "settle 1 OK", "tap 1"]
+    wait_for(lambda: "tap 2" in made.said)
+
+
+def test_what_was_begun_behind_a_frame_that_hangs_is_given_up_with_it(begun):
+    made = begun.begin(1, 2, 3, stuck_in=1)
+    assert made.engine.stuck.wait(30)
+    assert made.judging.call.hangs(0)
+    judging, held = made.judging, made.judging.held_slots()
+    assert [item.entry.sequence for item in judging.in_hand] == [1, 2]
+    assert held == [item.slot for item in judging.in_hand]
+    judging.abandoned = True
+    made.engine.let_go.set()
+    made.worker.join(30)
+    assert "finish 2" not in made.said, "an abandoned generation does nothing more when it comes back"
+    assert made.worker.failure is None
+    assert made.ring.free_slots == 3, "its slots are the supervisor's"

@@ -72,7 +72,7 @@ def test_the_graph_gives_the_networks_own_maps(size, geometry, precision, expect
     networks, preprocess, cuda = model_and_engine(precision, size, geometry, expects=expects)
     for fmt in (PixelFormat.BAYER_RG8, PixelFormat.MONO8, PixelFormat.BAYER_RG8):
         image = rng.integers(0, 256, (300, 400)).astype(np.uint8)
-        on_cuda = cuda.raw_maps(image, fmt)
+        on_cuda = cuda.begin(image, fmt)()
         wanted = maps_on_cpu(networks, preprocess(image, fmt))
         check_maps((on_cuda.student_teacher, on_cuda.autoencoder), wanted, precision)
         assert on_cuda.preprocess_ns > 0
@@ -90,9 +90,27 @@ def test_frames_are_taken_from_page_locked_memory_and_from_any_other(device, rng
     image = memory.reshape(300, 400)
     for _ in range(3):
         image[:] = rng.integers(0, 256, image.shape)
-        found = cuda.raw_maps(image, PixelFormat.MONO8)
+        found = cuda.begin(image, PixelFormat.MONO8)()
         wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
         check_maps((found.student_teacher, found.autoencoder), wanted, "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_frames_at_once_keep_their_own_maps(precision, rng):
+    networks, preprocess, cuda = model_and_engine(precision)
+    frames = [rng.integers(0, 256, (300, 400)).astype(np.uint8) for _ in range(7)]
+    frames = [frames[index % 7] for index in range(50)]
+    wanted = {id(frame): maps_on_cpu(networks, preprocess(frame, PixelFormat.MONO8)) for frame in frames}
+    waiting = []
+    for frame in [*frames, *[None] * cuda.at_once]:
+        if frame is None or len(waiting) == cuda.at_once:
+            begun, finish = waiting.pop(0)
+            found = finish()
+            check_maps((found.student_teacher, found.autoencoder), wanted[id(begun)], precision)
+        if frame is not None:
+            waiting.append((frame, cuda.begin(frame, PixelFormat.MONO8)))
+    assert waiting == []
 
 
 @pytest.mark.gpu
@@ -101,13 +119,13 @@ def test_engines_of_two_bundles_keep_their_own_maps(rng):
     for _ in range(3):
         image = rng.integers(0, 256, (256, 256)).astype(np.uint8)
         for networks, preprocess, cuda in both:
-            found = cuda.raw_maps(image, PixelFormat.MONO8)
+            found = cuda.begin(image, PixelFormat.MONO8)()
             wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
             check_maps((found.student_teacher, found.autoencoder), wanted, "fp32")
     del both[0]
     (networks, preprocess, cuda) = both[0]
     image = rng.integers(0, 256, (256, 256)).astype(np.uint8)
-    found = cuda.raw_maps(image, PixelFormat.MONO8)
+    found = cuda.begin(image, PixelFormat.MONO8)()
     check_maps(
         (found.student_teacher, found.autoencoder),
         maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8)),
@@ -127,12 +145,12 @@ def test_an_engine_is_captured_while_another_one_judges(rng):
     other.start()
     judged = 0
     while other.is_alive() or not judged:
-        found = cuda.raw_maps(image, PixelFormat.MONO8)
+        found = cuda.begin(image, PixelFormat.MONO8)()
         check_maps((found.student_teacher, found.autoencoder), wanted, "fp32")
         judged += 1
     other.join()
     ((networks, preprocess, cuda),) = made
-    found = cuda.raw_maps(image, PixelFormat.MONO8)
+    found = cuda.begin(image, PixelFormat.MONO8)()
     wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
     check_maps((found.student_teacher, found.autoencoder), wanted, "fp16")
 
@@ -143,7 +161,7 @@ from drivers.frame import PixelFormat
 from tests.pipeline.test_engine_cuda import model_and_engine
 _, _, cuda = model_and_engine()
 image = np.zeros((256, 256), np.uint8)
-cuda.raw_maps(image, PixelFormat.MONO8)
+cuda.begin(image, PixelFormat.MONO8)()
 cupy.RawKernel('extern "C" __global__ void broken(int* at) { *at = 1; }', "broken")((1,), (1,), (np.uintp(8),))
 try:
     cupy.cuda.runtime.deviceSynchronize()
@@ -151,7 +169,7 @@ except Exception:
     print("the context is lost", flush=True)
 for _ in range(3):
     try:
-        cuda.raw_maps(image, PixelFormat.MONO8)
+        cuda.begin(image, PixelFormat.MONO8)()
     except Exception as error:
         print("raised", type(error).__name__, flush=True)
     else:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from openvino import opset13 as op
 from torch import nn
 
+from drivers.frame import PixelFormat
 from pipeline import engine_cpu, engines
 from pipeline.bundle import Bundle, Model, PrecisionCalibration, read_bundle
 from pipeline.engine import LARGEST_INT8_WEIGHT
@@ -101,6 +102,30 @@ def test_fewer_bits_stay_near_float32(size, geometry, expects, precision, rng):
         CpuEngine(model, 2, precision).infer(image), maps_by_torch(networks, image), strict=True
     ):
         assert np.abs(ours - plain).max() < 0.02 * plain.max()
+
+
+@pytest.mark.parametrize("geometry", [GEOMETRIES[0], GEOMETRIES[-1]], ids=str)
+@pytest.mark.parametrize("precision", cpu_precisions())
+def test_frames_at_once_keep_their_own_maps(geometry, precision, rng):
+    networks = seeded_model("small", geometry)
+    model = model_of(networks)
+    if precision == "int8":
+        model = replace(model, ranges=observe_ranges(model, [random_image(rng, geometry)]))
+    engine = CpuEngine(model, precision=precision)
+    assert engine.at_once == (1 if geometry.is_tiled else 2)
+    frames = [rng.integers(0, 256, (200, 240)).astype(np.uint8) for _ in range(6)]
+    alone = [engine.begin(frame, PixelFormat.MONO8)() for frame in frames]
+    waiting, found = [], []
+    for frame in frames:
+        if len(waiting) == engine.at_once:
+            found.append(waiting.pop(0)())
+        waiting.append(engine.begin(frame, PixelFormat.MONO8))
+    found += [finish() for finish in waiting]
+    for ours, theirs in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(ours.student_teacher, theirs.student_teacher)
+        np.testing.assert_array_equal(ours.autoencoder, theirs.autoencoder)
+        assert min(ours.preprocess_ns, ours.infer_ns) > 0
+    assert not np.array_equal(found[0].student_teacher, found[1].student_teacher)
 
 
 @pytest.mark.parametrize("part", ["whole", "prediction", "tile"])

@@ -21,7 +21,7 @@ from pipeline.scoring import FrameArea, Quantiles
 class CannedEngine:
     """Returns the maps it was given."""
 
-    device, precision = "canned", "fp32"
+    device, precision, at_once = "canned", "fp32", 1
 
     def __init__(self, st, ae):
         self.maps = RawMaps(st, ae, 1, 2)
@@ -29,8 +29,8 @@ class CannedEngine:
     def warm_up(self):
         pass
 
-    def raw_maps(self, image, fmt):
-        return self.maps
+    def begin(self, image, fmt):
+        return lambda: self.maps
 
 
 class BrokenEngine(CannedEngine):
@@ -39,7 +39,7 @@ class BrokenEngine(CannedEngine):
     def __init__(self):
         pass
 
-    def raw_maps(self, image, fmt):
+    def begin(self, image, fmt):
         raise RuntimeError("device lost")
 
 
@@ -253,9 +253,9 @@ def test_what_a_first_frame_needs_is_prepared_before_it_comes(bundle, rng):
     seen = []
 
     class Watching(CannedEngine):
-        def raw_maps(self, image, fmt):
+        def begin(self, image, fmt):
             seen.append((image.shape, image.dtype, fmt))
-            return self.maps
+            return lambda: self.maps
 
     maps = np.zeros((8, 8), np.float32)
     plain = replace(bundle, training={**bundle.training, "pixel_formats": ["BayerRG12", "BGR8"]})

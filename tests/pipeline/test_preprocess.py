@@ -219,5 +219,5 @@ def test_cuda_gives_the_cpu_paths_numbers(fmt, rng):
     image = random_image(fmt, rng)
     for spec in (PreprocessSpec(32, 24), PreprocessSpec(96, 32), spec_with_everything(rng)):
         out = cupy.zeros((3, spec.height, spec.width), cupy.float32)
-        CudaPreprocessor(spec, out)(image, fmt)
+        CudaPreprocessor(spec, [out])(image, fmt)
         assert np.abs(cupy.asnumpy(out) - Preprocessor(spec)(image, fmt)).max() < TOLERANCE

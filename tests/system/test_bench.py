@@ -69,6 +69,7 @@ def test_engines_beside_the_reference(tmp_path):
         assert 0 < r["p10_ms"] <= r["median_ms"] <= r["p90_ms"] <= r["p99_ms"]
         taken = None if r["engine"] == "reference" else {"width": 128, "height": 96, "pixel_format": "BGR8"}
         assert r["frame"] == taken
+        assert (r["saturated_fps"] is None) if taken is None else (r["saturated_fps"] > 0)
         assert r["ratio_to_reference"] == pytest.approx(results[0]["median_ms"] / r["median_ms"])
         assert r["peak_memory_mib"] > 50
         assert r["limit_ms"] > 0

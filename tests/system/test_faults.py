@@ -174,12 +174,12 @@ def test_a_late_result_is_an_event_not_a_second_verdict(tiny_bundle, tmp_path):
     class Slow(CpuEngine):
         calls = 0
 
-        def raw_maps(self, image, fmt):
+        def begin(self, image, fmt):
             self.calls += bool(image.any())  # not the blank one of the warm-up
             if self.calls == 3:
                 while station.tally.totals().invalid == 0:  # the INVALID/deadline goes out meanwhile
                     published.wait(0.005)
-            return super().raw_maps(image, fmt)
+            return super().begin(image, fmt)
 
     endpoint = f"tcp://127.0.0.1:{free_port()}"
     config = StationConfig(
@@ -201,6 +201,55 @@ def test_a_late_result_is_an_event_not_a_second_verdict(tiny_bundle, tmp_path):
     assert len(late) == 1
     assert late[0]["data"]["verdict"] in ("OK", "NG")
     assert late[0]["data"]["score"] is not None
+
+
+@pytest.mark.parametrize("fault", ["hangs", "raises"])
+def test_a_fault_with_another_frame_begun_loses_none_and_doubles_none(tiny_bundle, tmp_path, fault):
+    let_go, begun, most_begun, once = threading.Event(), [], [], itertools.count()
+
+    class Faulty(CpuEngine):
+        def begin(self, image, fmt):
+            finish = super().begin(image, fmt)
+            if not image.any():  # the blank one of the warm-up
+                return finish
+            begun.append(self)
+
+            def finish_or_fail():
+                most_begun.append(begun.count(self))
+                begun.remove(self)
+                maps = finish()
+                if most_begun[-1] == self.at_once and next(once) == 2:
+                    if fault == "raises":
+                        raise RuntimeError("an illegal memory access was encountered")
+                    let_go.wait(120)
+                return maps
+
+            return finish_or_fail
+
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    config = StationConfig(
+        station="two",
+        # As fast as they are taken: another frame waits when one was begun.
+        camera=SyntheticOptions(width=96, height=96, frames=60, rate_fps=10_000),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[endpoint]),
+        on_overload="wait",
+        supervision=SupervisionConfig(hang_s=1.0),
+        state_dir=tmp_path,
+    )
+    station = Station(config, engine_for=lambda _config, bundle: EngineChoice(Faulty(bundle.model, 1), "test"))
+    heard, summary = run_and_listen(station, endpoint)
+    let_go.set()
+    assert max(most_begun) == 2
+    assert summary.totals.seen == 60
+    assert [v["sequence"] for v in heard["verdict"]] == list(range(1, 61))
+    engine = [v["sequence"] for v in heard["verdict"] if v["reason"] == "engine"]
+    assert sum(map(judged, heard["verdict"])) == 60 - len(engine)
+    if fault == "raises":
+        assert len(engine) == 1, "the frame that was begun after it has its own verdict"
+    else:  # the one that hung, the one begun after it, and those that waited
+        assert 2 <= len(engine) <= 1 + config.slots
+        assert engine == list(range(engine[0], engine[0] + len(engine)))
 
 
 def test_rejects_in_a_row_raise_an_alarm(line):
@@ -559,10 +608,10 @@ def test_an_engine_that_hangs_on_every_frame_ends_the_process(tiny_bundle, tmp_p
     let_go, made = threading.Event(), []
 
     class Stuck(CpuEngine):
-        def raw_maps(self, image, fmt):
+        def begin(self, image, fmt):
             if image.any():  # not the blank one of the warm-up
                 let_go.wait(120)
-            return super().raw_maps(image, fmt)
+            return super().begin(image, fmt)
 
     def engine(_config, bundle):
         made.append(bundle)

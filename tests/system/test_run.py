@@ -342,11 +342,11 @@ def test_an_engine_fault_is_invalid_and_the_daemon_goes_on(tiny_bundle, tmp_path
     class FaultyEngine(CpuEngine):
         calls = 0
 
-        def raw_maps(self, image, fmt):
+        def begin(self, image, fmt):
             self.calls += bool(image.any())  # not the blank one of the warm-up
             if self.calls in (3, 4):
                 raise RuntimeError("an illegal memory access was encountered")
-            return super().raw_maps(image, fmt)
+            return super().begin(image, fmt)
 
     config = StationConfig(
         station="faulty",

@@ -76,7 +76,7 @@ def test_ready_comes_without_a_camera_and_a_missing_camera_is_no_reason_for_a_re
 class StuckEngine:
     """An engine that hangs in its third frame until it is let go, as a driver call may."""
 
-    device, precision = "stuck", "fp32"
+    device, precision, at_once = "stuck", "fp32", 1
 
     def __init__(self, engine):
         self._engine, self._calls, self.let_go, self.stuck = engine, 0, threading.Event(), threading.Event()
@@ -84,12 +84,12 @@ class StuckEngine:
     def warm_up(self):
         self._engine.warm_up()
 
-    def raw_maps(self, image, fmt):
+    def begin(self, image, fmt):
         self._calls += bool(image.any())  # not the blank one of the warm-up
         if self._calls == 3:
             self.stuck.set()
             self.let_go.wait(60)
-        return self._engine.raw_maps(image, fmt)
+        return self._engine.begin(image, fmt)
 
 
 def test_a_stuck_engine_stops_the_watchdog(tiny_bundle, tmp_path, notify_socket, monkeypatch):
