@@ -65,7 +65,7 @@ class CpuEngine:
             for part in parts
         ]
         self.at_once = 1 if self._tiles else _AT_ONCE
-        self._requests = [graph.create_infer_request() for graph in compiled for _ in range(self.at_once)]
+        self._requests = [_Request(graph) for graph in compiled for _ in range(self.at_once)]
         self._turn = 0
 
     def warm_up(self) -> None:
@@ -92,28 +92,44 @@ class CpuEngine:
             return lambda: self.infer(prepared)
         request = self._requests[self._turn]
         self._turn = (self._turn + 1) % self.at_once
-        request.start_async([prepared[None]], share_inputs=True)
-
-        def finish() -> list[FloatMap]:
-            request.wait()
-            return _results(request)
-
-        return finish
+        request.start(prepared[None])
+        return request.wait
 
     def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
         """Compute the raw maps of one prepared image, (map_height, map_width) each."""
         image = prepared[None]
         if self._tiles is None:
-            st, ae = _run(self._requests[0], image)
+            st, ae = self._requests[0].run(image)
             return st, ae
         prediction, tiles = self._requests
-        (predicted,) = _run(prediction, image)
+        (predicted,) = prediction.run(image)
         g = self._geometry
         map_st, map_ae = np.empty((2, g.map_height, g.map_width), np.float32)
         for tile in self._tiles:
-            maps = _run(tiles, *_piece(tile, image, predicted))
+            maps = tiles.run(*_piece(tile, image, predicted))
             map_st[tile.rows, tile.columns], map_ae[tile.rows, tile.columns] = maps
         return map_st, map_ae
+
+
+class _Request:
+    """One inference at a time; results are copies, for OpenVINO uses their memory again."""
+
+    def __init__(self, compiled: ov.CompiledModel) -> None:
+        self._request = compiled.create_infer_request()
+        # Looked up once: asking OpenVINO for its results takes longer than copying them.
+        self._outputs = [output.data for output in self._request.output_tensors]
+
+    def run(self, *inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        self.start(*inputs)
+        return self.wait()
+
+    def start(self, *inputs: NDArray[np.float32]) -> None:
+        self._inputs = inputs  # used where they are
+        self._request.start_async(list(inputs), share_inputs=True)
+
+    def wait(self) -> list[NDArray[np.float32]]:
+        self._request.wait()
+        return [output.copy() for output in self._outputs]
 
 
 def compile_options(precision: Precision, threads: int | None, *, pin_threads: bool = False) -> dict[str, Any]:
@@ -135,10 +151,10 @@ def observe_ranges(model: Model, images: Iterable[Prepared], threads: int | None
 
     def observer(part: Part) -> Callable[..., list[NDArray[np.float32]]]:
         graph, names = build_observer(folded, part)
-        request = CORE.compile_model(graph, "CPU", compile_options("fp32", threads)).create_infer_request()
+        request = _Request(CORE.compile_model(graph, "CPU", compile_options("fp32", threads)))
 
         def observe(*inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-            seen, *results = _run(request, *inputs)
+            seen, *results = request.run(*inputs)
             for name, value in zip(names, seen.tolist(), strict=True):
                 largest[name] = max(value, largest.get(name, 0.0))
             return results
@@ -166,13 +182,3 @@ def _piece(
         np.ascontiguousarray(image[:, :, tile.y_px, tile.x_px]),
         np.ascontiguousarray(predicted[:, :, tile.rows, tile.columns]),
     )
-
-
-def _run(request: Any, *inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Run; the results are copies, for the request reuses its memory."""
-    request.infer(list(inputs), share_inputs=True)
-    return _results(request)
-
-
-def _results(request: Any) -> list[NDArray[np.float32]]:
-    return [output.data.copy() for output in request.output_tensors]

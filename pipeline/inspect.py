@@ -21,7 +21,10 @@ class Begun:
     """A frame on its way through the engine, or what was found without that."""
 
     frame: Frame
-    on_its_way: Pending | Inspection
+    on_its_way: Pending | None = None
+    """None: the engine has nothing of it."""
+    found: Inspection | None = None
+    """What is known whatever the engine says."""
 
 
 class Inspector:
@@ -49,7 +52,9 @@ class Inspector:
         self._check = PlausibilityCheck(limits or PlausibleLimits())
         self._trained = frozenset(PixelFormat(name) for name in bundle.training.get("pixel_formats", ()))
         self._unfit = frozenset(fmt for fmt in PixelFormat if self._is_unfit(fmt))
-        self._scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
+        geometry = bundle.model.geometry
+        self._scorer = Scorer(geometry, bundle.model.preprocess.ignored_in_roi())
+        self._stretched = np.empty((geometry.score_height, geometry.score_width), np.float32)
 
     def warm_up(self) -> None:
         """Do what is done once only, so that the first part is not the slowest.
@@ -83,38 +88,36 @@ class Inspector:
         is finished and the next frame was begun, which is compared with it.
         """
         if frame.status is FrameStatus.PENDING:
-            return Begun(frame, Inspection(Outcome.INVALID, Reason.TIMEOUT, frame.detail))
+            return Begun(frame, found=Inspection(Outcome.INVALID, Reason.TIMEOUT, frame.detail))
         if frame.status is not FrameStatus.COMPLETE:
-            return Begun(frame, Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail))
+            return Begun(frame, found=Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail))
         try:
-            return Begun(frame, self._begin(frame))
+            return self._begin(frame)
         except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
-            return Begun(frame, self._failed(error))
+            self._check.forget()
+            return Begun(frame, found=_failed(error))
 
     def finish(self, begun: Begun) -> Inspection:
         """Wait for the oldest frame that was begun, and judge it; nothing is raised, as in `begin`."""
-        if isinstance(begun.on_its_way, Inspection):
-            return begun.on_its_way
         try:
-            return self._judge(begun.frame, begun.on_its_way())
+            raw = None if begun.on_its_way is None else begun.on_its_way()
+            if begun.found is not None or raw is None:
+                assert begun.found is not None
+                return begun.found
+            return self._judge(begun.frame, raw)
         except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
-            return self._failed(error)
+            return _failed(error)
 
-    def _failed(self, error: Exception) -> Inspection:
-        if isinstance(error, FormatMismatch):
-            self._check.forget()
-            return Inspection(Outcome.INVALID, Reason.FORMAT, str(error))
-        return Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error)
-
-    def _begin(self, frame: Frame) -> Pending | Inspection:
+    def _begin(self, frame: Frame) -> Begun:
         image, fmt = frame.image, frame.pixel_format
         if image is None or fmt is None:
             raise ValueError("a complete frame without an image")
         self._check_format(fmt)
+        on_its_way = self.engine.begin(image, fmt)
+        # Beside the networks, and once the image was read: looking for samples in what no cache holds takes longer.
         problem = self._check.problem(image, fmt)
-        if problem is not None:
-            return Inspection(Outcome.INVALID, Reason.IMAGE, problem)
-        return self.engine.begin(image, fmt)
+        found = None if problem is None else Inspection(Outcome.INVALID, Reason.IMAGE, problem)
+        return Begun(frame, on_its_way, found)
 
     def _judge(self, frame: Frame, raw: RawMaps) -> Inspection:
         if not (np.isfinite(raw.student_teacher).all() and np.isfinite(raw.autoencoder).all()):
@@ -122,7 +125,7 @@ class Inspector:
         with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the score, below
             combined = self._scorer.combine(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
         anomaly_map = self._scorer.blank(combined)
-        stretched = self._scorer.stretch(anomaly_map)
+        stretched = self._scorer.stretch(anomaly_map, self._stretched)
         score = float(stretched.max())
         outcome = judge(score, self.threshold)
         if outcome is Outcome.INVALID:
@@ -161,6 +164,12 @@ class Inspector:
         else:
             wrong_pattern = fmt.channels == 1 and all(trained.bayer for trained in self._trained)
         return wrong_bits or wrong_pattern
+
+
+def _failed(error: Exception) -> Inspection:
+    if isinstance(error, FormatMismatch):
+        return Inspection(Outcome.INVALID, Reason.FORMAT, str(error))
+    return Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error)
 
 
 def judge(score: float, threshold: float) -> Outcome:

@@ -273,3 +273,42 @@ def test_what_a_first_frame_needs_is_prepared_before_it_comes(bundle, rng):
     assert [shape[:2] for shape, _, _ in seen] == [(60, 40)] * 2
     warm_up(dark=rng.random((50, 60)).astype(np.float32))
     assert seen == [((50, 60), np.uint16, PixelFormat.BAYER_RG12), ((50, 60, 3), np.uint8, PixelFormat.BGR8)]
+
+
+def test_what_the_engine_began_with_is_waited_for_though_the_image_is_no_part(bundle, part):
+    waited = []
+
+    class Counting(CannedEngine):
+        def begin(self, image, fmt):
+            return lambda: waited.append(image) or self.maps
+
+    maps = np.zeros((8, 8), np.float32)
+    inspector = Inspector(bundle, Counting(maps, maps))
+    found = inspector.inspect(replace(part, image=np.zeros_like(part.image)))
+    assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.IMAGE)
+    assert len(waited) == 1, "it would be in the way of the next frame"
+    broken = inspector.begin(replace(part, image=np.zeros_like(part.image)))
+    broken = replace(broken, on_its_way=lambda: 1 / 0)
+    assert inspector.finish(broken).reason is Reason.ENGINE
+
+
+def test_a_frame_is_not_compared_with_memory_that_was_given_back(bundle, part, rng):
+    """The frame between the two was not looked at, so the first one's memory may hold the third by now."""
+
+    class Once(CannedEngine):
+        fails = False
+
+        def begin(self, image, fmt):
+            if self.fails:
+                raise RuntimeError("device lost")
+            return lambda: self.maps
+
+    maps = np.zeros((8, 8), np.float32)
+    engine = Once(maps, maps)
+    inspector = Inspector(bundle, engine, limits=PlausibleLimits(frozen_frames=2))
+    assert inspector.inspect(part).outcome is Outcome.OK
+    engine.fails = True
+    assert inspector.inspect(replace(part, image=part.image[::-1].copy())).reason is Reason.ENGINE
+    engine.fails = False
+    assert inspector.inspect(part).outcome is Outcome.OK
+    assert inspector.inspect(part).reason is Reason.IMAGE, "this one is the one before"
