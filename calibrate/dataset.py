@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ class GoodImages:
     """Of the contents of all usable files, so that an evaluation can leave them out."""
     held_out_digests: list[str]
     """Those of them that are held out."""
+    left_out: int
+    """Further photographs of parts that are held out."""
     fingerprint: str
     """SHA-256 over names and contents of all usable files."""
     pixel_formats: list[str]
@@ -47,10 +50,13 @@ def load_good_images(
     held_out_share: float,
     seed: int,
     fit: Callable[[ImageFile, Image], PixelFormat] = lambda _file, image: format_of(image),
+    part: re.Pattern[str] | None = None,
 ) -> GoodImages:
     """List, verify and split the good images.
 
-    Images with the same content stay on one side of the split, so that nothing that was learnt is held out.
+    Images with the same content stay on one side of the split, and so do those of one part, so that nothing that
+    was learnt is held out. Of each part that is held out one photograph is taken: quantiles and threshold promise
+    something about parts, as long as each counts once.
 
     Args:
         dataset: a folder of good images, or a data set in a layout of `calibrate.layouts`.
@@ -58,10 +64,12 @@ def load_good_images(
             validation images of its own holds out those instead.
         seed: of the shuffle.
         fit: names an image's pixel format, or raises ValueError when the image does not fit the run.
+        part: its first group, in a file's name, says which part that shows; None, or where it is not found: one
+            that no other file shows.
 
     Raises:
-        DatasetError: no folder, fewer than two usable images, more than 5% unreadable files, or a readable
-            image that does not fit.
+        DatasetError: no folder, fewer than two usable images or parts, more than 5% unreadable files, a readable
+            image that does not fit, or names in which no part is found.
     """
     found = training_files(dataset)
     corrupt: list[tuple[str, str]] = []
@@ -101,15 +109,19 @@ def load_good_images(
             f"{dataset.absolute()}: {len(corrupt)} of {count + len(corrupt)} files cannot be read, more "
             f"than {MAX_CORRUPT_SHARE:.0%}:\n{listed}"
         )
+    left_out = 0
     if validation:
         train, held_out = sorted(usable.keys() - validation.keys()), sorted(validation)
         if not train:
             raise DatasetError(f"{dataset.absolute()}: no image to learn from beside the validation images")
     else:
-        digests = list(usable)
-        order = np.random.default_rng([seed, 0]).permutation(len(digests))
-        take = min(len(digests) - 1, max(1, round(held_out_share * len(digests))))
-        train, held_out = [digests[i] for i in sorted(order[take:])], [digests[i] for i in sorted(order[:take])]
+        parts = list(_by_part(usable, part, dataset).values())
+        rng = np.random.default_rng([seed, 0])
+        order = rng.permutation(len(parts))
+        take = min(len(parts) - 1, max(1, round(held_out_share * len(parts))))
+        train = [digest for i in sorted(order[take:]) for digest in parts[i]]
+        held_out = [parts[i][rng.integers(len(parts[i]))] for i in sorted(order[:take])]
+        left_out = len(usable) - len(train) - len(held_out)
     duplicates = [[file.name for file in files] for files in usable.values() if len(files) > 1]
     duplicates += [[file.name for file in good[digest] + validation[digest]] for digest in sorted(both)]
     return GoodImages(
@@ -119,11 +131,36 @@ def load_good_images(
         duplicates=duplicates,
         digests=sorted(usable),
         held_out_digests=sorted(held_out),
+        left_out=left_out,
         fingerprint=_fingerprint(usable),
         pixel_formats=sorted(formats),
         sizes=sorted(sizes),
         layout=found.layout,
     )
+
+
+def _by_part(
+    usable: dict[str, list[ImageFile]], pattern: re.Pattern[str] | None, dataset: Path
+) -> dict[str, list[str]]:
+    """Sort digests by the part that they show. Raises DatasetError."""
+    parts: dict[str, list[str]] = {}
+    found = False
+    for digest, (file, *_) in usable.items():
+        match = None if pattern is None else pattern.search(file.name)
+        named = None if match is None else match[1]
+        found = found or named is not None
+        parts.setdefault(named or file.part or digest, []).append(digest)
+    if pattern is not None and not found:
+        some, *_ = usable.values()
+        raise DatasetError(
+            f"{dataset.absolute()}: --part {pattern.pattern} is found in no name, such as {some[0].name}"
+        )
+    if len(parts) < 2:
+        raise DatasetError(
+            f"{dataset.absolute()}: all photographs show one part, {next(iter(parts))}; at least 2 are needed, one "
+            "of them held out for quantiles and threshold"
+        )
+    return parts
 
 
 def image_digest(contents: bytes) -> str:

@@ -55,6 +55,8 @@ class ImageFile(NamedTuple):
     name: str
     """Relative to the data set, POSIX style."""
     path: Path
+    part: str | None = None
+    """Which part it shows, where the data set tells; None: one that no other file shows."""
 
 
 class TestImage(NamedTuple):
@@ -387,7 +389,7 @@ def _mtd_good(dataset: Path) -> tuple[list[ImageFile], list[ImageFile]]:
     sides: tuple[list[ImageFile], list[ImageFile]] = ([], [])
     for tile in tiles:
         first = hashlib.sha256(tile[0].path.name.encode()).digest()[0]
-        sides[first >= _MTD_TRAIN_SHARE * 256].extend(tile)
+        sides[first >= _MTD_TRAIN_SHARE * 256].extend(file._replace(part=tile[0].name) for file in tile)
     return sides
 
 

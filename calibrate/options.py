@@ -83,6 +83,8 @@ class TrainOptions:
     seed: int = 0
     turns: Turns = field(default_factory=Turns)
     held_out_share: float = 0.1
+    part: str | None = None
+    """Regular expression whose first group, in a photograph's name, says which part it shows."""
     false_reject_rate: float = 0.01
     losses: LossOptions = field(default_factory=LossOptions)
     quantile_levels: tuple[float, float] = (QUANTILE_A, QUANTILE_B)

@@ -6,6 +6,7 @@ import datetime
 import fcntl
 import importlib.metadata
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -318,6 +319,7 @@ def _settings(trainer: Trainer, good: GoodImages, teacher: dict[str, Any], white
         "pixel_format": None if o.pixel_format is None else o.pixel_format.value,
         "turns": asdict(o.turns),
         "held_out_share": o.held_out_share,
+        "part": o.part,
         "losses": asdict(o.losses),
         "quantile_levels": list(o.quantile_levels),
         "natural_images": trainer.natural.fingerprint,
@@ -463,7 +465,8 @@ def good_images(options: TrainOptions, cache: ImageCache, listener: Listener) ->
         listener.go_on("while reading the images")
         return cache.add(file, image)
 
-    good = load_good_images(options.dataset, options.held_out_share, options.seed, fit)
+    part = None if options.part is None else re.compile(options.part)
+    good = load_good_images(options.dataset, options.held_out_share, options.seed, fit, part)
     refuse_among_images(options.out, good.train + good.held_out)
     return good
 
@@ -471,6 +474,8 @@ def good_images(options: TrainOptions, cache: ImageCache, listener: Listener) ->
 def tell_of_images(good: GoodImages, listener: Listener) -> None:
     """Say what was found among the good images: how many, copies, sizes, formats, unreadable files."""
     listener.say(f"{len(good.train)} good images to learn from, {len(good.held_out)} held out ({good.layout})")
+    if good.left_out:
+        listener.say(f"{good.left_out} more photographs of held-out parts are left out: of each one counts")
     for name, why in good.corrupt:
         listener.say(f"skipped {name}: {why}")
     for names in good.duplicates:

@@ -170,6 +170,12 @@ def test_photographs_of_one_tile_of_mtd_stay_on_one_side(tmp_path):
     sides = [{f"exp{e}_num_{n}" in train for e, n in tile} for tile in tiles]
     assert all(len(side) == 1 for side in sides)
     assert 30 < sum(map(sum, sides)) < 56
+    good = training_files(tmp_path).good
+    parts = {file.path.stem: file.part for file in good}
+    for tile in tiles:
+        shown = {parts.get(f"exp{e}_num_{n}") for e, n in tile}
+        assert len(shown) == 1
+    assert None not in parts.values()
 
 
 def folders(root):

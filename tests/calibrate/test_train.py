@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 from dataclasses import astuple, replace
 
 import cv2
@@ -402,6 +404,43 @@ def test_duplicates_stay_on_one_side_of_the_split_and_are_said(good_parts, tmp_p
     assert len(good.train) == 18, "copies of a held-out image are not learnt from"
     held_out = {f.path.read_bytes() for f in good.held_out}
     assert not held_out & {f.path.read_bytes() for f in good.train}
+
+
+def photographed_thrice(good_parts, folder):
+    """Each part in the light of three lamps."""
+    folder.mkdir()
+    for path in sorted(good_parts.iterdir()):
+        image = cv2.imread(str(path))
+        for lamp in range(3):
+            name = f"part{path.stem.removeprefix('good_')}_lamp{lamp}.png"
+            cv2.imwrite(str(folder / name), np.clip(image.astype(int) + 2 * lamp, 0, 255).astype(np.uint8))
+    return folder
+
+
+def test_photographs_of_one_part_stay_on_one_side_and_count_once(good_parts, tmp_path):
+    folder, part = photographed_thrice(good_parts, tmp_path / "parts"), re.compile(r"part(\d+)_")
+    good = load_good_images(folder, 0.25, 0, part=part)
+    learnt = Counter(part.search(file.name)[1] for file in good.train)
+    held_out = [part.search(file.name)[1] for file in good.held_out]
+    assert set(learnt.values()) == {3}
+    assert (len(learnt), len(held_out), good.left_out) == (9, 3, 6)
+    assert not learnt.keys() & set(held_out)
+    assert len(set(held_out)) == 3
+    assert len(good.digests) == 36, "an evaluation knows those that were left out, too"
+    assert good.held_out == load_good_images(folder, 0.25, 0, part=part).held_out
+    lamps = {
+        file.name[-5] for seed in range(8) for file in load_good_images(folder, 0.25, seed, part=part).held_out
+    }
+    assert lamps == {"0", "1", "2"}, "any of a part's photographs"
+    assert load_good_images(good_parts, 0.25, 0).left_out == 0
+
+
+def test_parts_that_cannot_be_told_apart_are_an_error(good_parts, tmp_path):
+    folder = photographed_thrice(good_parts, tmp_path / "parts")
+    with pytest.raises(DatasetError, match=r"--part tile\(\\d\+\) is found in no name, such as part0_lamp0\.png"):
+        load_good_images(folder, 0.25, 0, part=re.compile(r"tile(\d+)"))
+    with pytest.raises(DatasetError, match="all photographs show one part, lamp"):
+        load_good_images(folder, 0.25, 0, part=re.compile(r"(lamp)"))
 
 
 def test_a_data_sets_own_validation_images_are_held_out(good_parts, tmp_path):

@@ -68,6 +68,9 @@ def test_train_evaluate_and_report(parts, tmp_path):
     [
         (("--preset", "fast"), "--preset"),
         (("--flip", "sideways"), "--flip"),
+        (("--part", "part["), "--part"),
+        (("--part", "part"), "needs a group: (part)"),
+        (("--part", "tile(.)"), "is found in no name"),
         (("--teacher", "nobody"), "teachers that ship"),
     ],
 )
