@@ -39,6 +39,8 @@ _ROUNDS = 10
 _WARM_UP = 3
 _LIMIT_CHANNELS, _LIMIT_SIDE_PX, _LIMIT_LAYERS = 512, 64, 6
 _LIMIT_TRIES = 10
+_SATURATED_AT_LEAST = 12
+"""Frames, of which the first and the last few do not overlap."""
 _SPREAD = 0.05
 """Standard deviation of a random model's channel statistics and biases."""
 _ANSWER_S = 600.0
@@ -219,6 +221,7 @@ def _time(timed: _Timed, count: int) -> Answer:
         took_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
     saturated_fps = None
     if timed.saturated is not None:
+        count = max(count, _SATURATED_AT_LEAST)
         began_ns = time.perf_counter_ns()
         timed.saturated(count)
         saturated_fps = count * 1e9 / (time.perf_counter_ns() - began_ns)

@@ -31,7 +31,7 @@ from daemon.config import StationConfig, load_config
 from daemon.log import configure_logging
 from daemon.ports import free_ports
 from daemon.station import Station
-from daemon.tally import spread
+from daemon.tally import Tally, spread
 from drivers.camera import Camera, CameraInfo, CameraLost, Fires
 from drivers.catalog import make_camera
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
@@ -43,6 +43,7 @@ from pipeline.engine import Pending, Precision, RawMaps
 from pipeline.engine_cpu import cpu_precisions
 from pipeline.engines import EngineChoice
 from pipeline.geometry import Geometry
+from pipeline.inspection import Outcome, Reason
 from pipeline.machine import describe_machine, usable_cores
 from pipeline.networks import weights_of
 from pipeline.preprocess import PreprocessSpec
@@ -55,7 +56,7 @@ _PLAYED_AT_ONCE = 4
 _STARTS_WITHIN_S = 60.0
 _SILENT_S = 60.0
 _LOOKS = 10
-_LATENCIES = "latencies.npy"
+_OVERHEADS, _REMEMBERED = "overheads.npy", 1 << 17
 
 
 class BenchFailed(Exception):
@@ -153,9 +154,10 @@ class LineResult:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     """p50_ms, p95_ms, p99_ms and max_ms of each stage, of `overhead` and of `total`.
 
-    `total` ends where the subscriber has the verdict. `publish` is what is left of it: plausibility, score,
-    regions, the journal's commit, sockets, and the ways between threads and processes. `overhead` is the station's
-    own, by its own clock: from grab until the sockets have the verdict, without preprocess and infer.
+    `total` ends where the subscriber has the verdict. `publish` is what is left of it: score, regions, the
+    journal's commit, sockets, and the ways between threads and processes. `overhead` is the station's own, by its
+    own clock: from grab until the sockets have the verdict, without preprocess and infer. `infer` ends when the
+    engine's thread has the maps: it looks at the image, and prepares the next frame, beside the networks.
     """
     rss_mib: list[float] = field(default_factory=list)
     """Resident memory of the station after the warm-up and after each tenth of the verdicts."""
@@ -176,7 +178,8 @@ class BenchStation:
         """
         folder.mkdir(parents=True)
         self._log = folder / "station.log"
-        self._latencies = folder / _LATENCIES
+        self._overheads = folder / _OVERHEADS
+        self._judged: list[int] = []
         kinds = ("verdicts", "maps") if maps else ("verdicts",)
         publish = {
             kind: f"tcp://127.0.0.1:{port}" for kind, port in zip(kinds, free_ports(len(kinds)), strict=True)
@@ -217,8 +220,8 @@ class BenchStation:
                     bodies.append((body, time.time_ns()))
                 deadline_s = time.monotonic() + _SILENT_S
             elif self._process.poll() is not None or time.monotonic() > deadline_s:
-                end = self._log.read_text(errors="replace")[-2000:]
-                raise BenchFailed(f"the station sent {len(bodies)} of {count} verdicts; its log ends:\n{end}")
+                sent = f"the station sent {len(bodies)} of {count} verdicts"
+                raise BenchFailed(f"{sent}; its log ends:\n{self._end_of_log()}")
         return bodies
 
     def measure(self, count: int, warm_up: int) -> LineResult:
@@ -242,6 +245,7 @@ class BenchStation:
             word = verdict["verdict"] if verdict["reason"] is None else f"{verdict['verdict']}/{verdict['reason']}"
             outcomes[word] = outcomes.get(word, 0) + 1
         judged = [verdict["latency_us"] for verdict in found if verdict["verdict"] != "INVALID"]
+        self._judged = [verdict["sequence"] for verdict in found if verdict["verdict"] != "INVALID"]
         if not judged:
             raise BenchFailed(f"no part could be judged: {outcomes}; at this load, or with this camera's format")
         return LineResult(
@@ -263,11 +267,19 @@ class BenchStation:
         pages = int((process / "statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(list((process / "fd").iterdir()))
 
-    def overhead(self, frames: int, warm_up: int) -> dict[str, float]:
-        """Return how long the station, closed by now, held the frames that were measured; as in `stages`."""
-        latencies = np.load(self._latencies)  # of the latest frames, the warm-up forgotten where there were many
-        _, _, preprocess_us, infer_us, total_us = latencies[warm_up:][:frames].T
-        return _spread((total_us - preprocess_us - infer_us) / 1000)
+    def overhead(self) -> dict[str, float]:
+        """Return how long the station, closed by now, held what was judged, as in `stages`. Raises BenchFailed."""
+        try:
+            written = np.load(self._overheads)
+        except FileNotFoundError:
+            raise BenchFailed(f"the station did not end well; its log ends:\n{self._end_of_log()}") from None
+        kept_us = written[np.isin(written[:, 0], self._judged), 1]
+        if not len(kept_us):
+            raise BenchFailed("the station does not remember the parts that it judged")
+        return _spread(kept_us / 1000)
+
+    def _end_of_log(self) -> str:
+        return self._log.read_text(errors="replace")[-2000:]
 
     def close(self) -> None:
         """End the station."""
@@ -310,7 +322,7 @@ def _measured(
     """Run a station of its own for one measurement. Raises BenchFailed."""
     with bench_station(folder, config, *flags, maps=maps) as station:
         found = station.measure(frames, warm_up)
-    found.stages["overhead"] = station.overhead(frames, warm_up)
+    found.stages["overhead"] = station.overhead()
     return found
 
 
@@ -387,7 +399,9 @@ def bench_ingest(folder: Path, width_px: int, height_px: int, frames: int, round
                 continue  # one long run shows what memory does
             count = frames if load_fps is None else max(1, min(frames, _LOADED_FRAMES) // rounds)
             seen = _measured(
-                *(folder / f"{turn} {name}", config, "--null-engine"),
+                folder / f"{turn} {name}",
+                config,
+                "--null-engine",
                 frames=count,
                 warm_up=_INGEST_WARM_UP if load_fps is None else _INGEST_WARM_UP // 5,
                 maps="maps" in name,
@@ -473,6 +487,23 @@ def _result(found: LineResult, load_fps: float | None) -> dict[str, Any]:
     return {"load_fps": load_fps or found.rate_fps, "saturated": load_fps is None, **facts, **stages}
 
 
+class _Remembering(Tally):
+    """Remembers of the latest numbers how long the station had them, without preprocess and infer, µs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.overheads = np.full((_REMEMBERED, 2), -1, np.int64)  # touched at once, or memory would seem to grow
+
+    def published(
+        self, sequence: int, outcome: Outcome, reason: Reason | None, latency_us: tuple[int, ...] | None
+    ) -> None:
+        """Count a published verdict."""
+        super().published(sequence, outcome, reason, latency_us)
+        if latency_us is not None:
+            _, _, preprocess, infer, total = latency_us
+            self.overheads[sequence % _REMEMBERED] = sequence, total - preprocess - infer
+
+
 def run_bench_station(
     config: ConfigOption,
     null_engine: Annotated[bool, typer.Option("--null-engine", help="find the same on each part, at once")] = False,
@@ -491,8 +522,9 @@ def run_bench_station(
         )
         signal.signal(signal.SIGTERM, lambda _number, _frame: station.stop())
         threading.Thread(target=_stop_without_parent, args=(station,), daemon=True).start()
+        station.tally = tally = _Remembering()
         typer.echo(station.run())
-        np.save(config.with_name(_LATENCIES), station.tally.latencies_us())
+        np.save(config.with_name(_OVERHEADS), tally.overheads)
 
 
 def _stop_without_parent(station: Station) -> None:

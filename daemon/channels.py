@@ -54,10 +54,10 @@ class Channel(Generic[T]):
         self._closed = False
         self._changed = threading.Condition()
 
-    @property
-    def is_empty(self) -> bool:
-        """Tell whether `get` would wait."""
-        return not self._items
+    def peek(self) -> T | None:
+        """Return what `get` would, and leave it there; None while that would wait."""
+        with self._changed:
+            return self._items[0] if self._items else None
 
     def put(self, item: T) -> None:
         """Append, waiting while full. Raises Closed."""

@@ -71,7 +71,7 @@ class FaultyEngine:
     """A real engine that raises or hangs when ordered to."""
 
     def __init__(self, engine: Engine, faults: Faults) -> None:
-        self._engine, self._faults = engine, faults
+        self._engine, self._faults, self._count = engine, faults, 0
         self.device, self.precision, self.at_once = engine.device, engine.precision, engine.at_once
 
     def warm_up(self) -> None:
@@ -79,18 +79,27 @@ class FaultyEngine:
         self._engine.warm_up()
 
     def begin(self, image: Image, fmt: PixelFormat) -> Pending:
-        """Begin as the real engine does; fail as ordered where its maps are waited for, but not in a warm-up."""
-        finish, is_blank = self._engine.begin(image, fmt), not image.any()
+        """Begin as the real engine does; fail as ordered, here and where maps are waited for by turns."""
+        is_blank = not image.any()  # of a warm-up, which goes well
+        self._count += not is_blank
+        fails_late = self._count % 2 == 0
+        if not (is_blank or fails_late):
+            self._fail()
+        finish = self._engine.begin(image, fmt)
 
         def finish_or_fail() -> RawMaps:
             maps = finish()
-            if not is_blank and self._faults.happens(Fault.ENGINE_HANG):
-                self._faults.hang()
-            if not is_blank and self._faults.happens(Fault.ENGINE_ERROR):
-                raise RuntimeError("ordered: an illegal memory access was encountered")
+            if not is_blank and fails_late:
+                self._fail()
             return maps
 
         return finish_or_fail
+
+    def _fail(self) -> None:
+        if self._faults.happens(Fault.ENGINE_HANG):
+            self._faults.hang()
+        if self._faults.happens(Fault.ENGINE_ERROR):
+            raise RuntimeError("ordered: an illegal memory access was encountered")
 
 
 class FaultyCamera:

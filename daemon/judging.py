@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
+from typing import NamedTuple
 
 import structlog
 
@@ -16,7 +18,7 @@ from daemon.ledger import Entry, JudgedBy, Ledger
 from daemon.ring import FrameRing, Slot
 from daemon.supervision import Call
 from drivers.frame import Image
-from pipeline.inspect import Begun, Inspector
+from pipeline.inspect import Inspector
 from pipeline.inspection import Inspection, Outcome, Reason
 
 _ENGINE_ERRORS_IN_A_ROW = 3
@@ -24,6 +26,14 @@ _ENGINE_ERRORS_IN_A_ROW = 3
 
 Tap = Callable[[Entry, Image, Inspection | None], None]
 """Looks at a judged frame and copies what it wants to keep; None: it came too late to be judged."""
+
+
+class _Begun(NamedTuple):
+    """A frame that the engine has begun with."""
+
+    item: Grabbed
+    finish: Callable[[], Inspection]
+    began_ns: int
 
 
 class EngineFailing(Exception):
@@ -55,10 +65,13 @@ class Judging:
         self._log = log
         self._previous: Slot | None = None
         self._errors_in_a_row = 0
-        self._begun: deque[tuple[Grabbed, Begun, int]] = deque()
-        """What the engine has begun with, and when it did."""
-        self.in_hand: tuple[Grabbed, ...] = ()
+        self._begun: deque[_Begun] = deque()
+        """What the engine has begun with."""
+        self._in_hand: list[Grabbed] = []
         """What was taken and has not been judged yet."""
+        self._holding = threading.Lock()
+        """For what is in hand, and the slots with it: a thread may come back while it is abandoned."""
+        self._took_ns = self._finished_ns = 0
         self.call = Call()
         """Runs while the thread is inside the engine."""
         self.building = Call()
@@ -80,27 +93,42 @@ class Judging:
             self.ready.set_exception(error)
             raise
         self.ready.set_result(None)
-        while True:
-            if self._begun and (len(self._begun) >= inspector.engine.at_once or self._frames.is_empty):
-                self._finish(inspector)
+        while not self.abandoned:
+            if self._begun and not self._takes_another(inspector):
+                self._finish()
                 continue
             item = self._frames.get()
             if isinstance(item, Grabbed):
                 self._begin(inspector, item)
-                continue
-            while self._begun:  # what was put in first comes out first, and by the inspector of then
-                self._finish(inspector)
-            if isinstance(item, Probe):
+            elif isinstance(item, Probe):
                 self._pass_probe(item.number)
             elif item.done.set_running_or_notify_cancel():
                 inspector = item.inspector
                 self._now_judging(inspector)
                 item.done.set_result(None)
 
-    def held_slots(self) -> list[Slot]:
-        """Return the slots that this generation holds."""
-        previous, in_hand = self._previous, self.in_hand  # its thread may come back at this very moment
-        return ([] if previous is None else [previous]) + [item.slot for item in in_hand]
+    def _takes_another(self, inspector: Inspector) -> bool:
+        """Tell whether the next frame is begun before the oldest on its way is finished.
+
+        What is no frame stays in the channel until all are. A frame that might be late behind the others is looked
+        at again after them: by then it may have to be refused. One of another kind than the last may take long to
+        be prepared for the first time, while the others' time runs.
+        """
+        item = self._frames.peek()
+        if not isinstance(item, Grabbed) or len(self._begun) >= inspector.engine.at_once:
+            return False
+        needed_ns = (len(self._begun) + 1) * self._took_ns
+        by_ns = time.monotonic_ns() + needed_ns
+        entries = (item.entry, *(begun.item.entry for begun in self._begun))
+        in_time = all(entry.due_ns is None or by_ns < entry.due_ns for entry in entries)
+        return in_time and _kind(item) == _kind(self._begun[-1].item)
+
+    def abandon(self) -> tuple[list[Grabbed], list[Slot]]:
+        """End this generation, which may hang; return what it has not judged, and the slots that it holds."""
+        with self._holding:
+            self.abandoned = True
+            previous = [] if self._previous is None else [self._previous]
+            return list(self._in_hand), previous + [item.slot for item in self._in_hand]
 
     def _now_judging(self, inspector: Inspector) -> None:
         bundle, engine = inspector.bundle, inspector.engine
@@ -112,34 +140,32 @@ class Judging:
         self._ledger.judged_by = self._judged_by
 
     def _begin(self, inspector: Inspector, item: Grabbed) -> None:
-        self.in_hand = (*self.in_hand, item)
+        with self._holding:
+            self._in_hand.append(item)
         began_ns = time.monotonic_ns()
         # One slow frame must not make all that follow late.
         if item.entry.is_late():
             self._forget(item, None)
-            self.in_hand = self.in_hand[:-1]
-            self._ring.give_back(item.slot)  # nobody looked at it, so nobody compares with it
+            self._let_go(item, item.slot)  # nobody looked at it, so nobody compares with it
             return
         with self.call.running():
-            begun = inspector.begin(item.entry.frame)
-        if self.abandoned:
-            raise Closed
-        self._begun.append((item, begun, began_ns))
+            finish = inspector.begin(item.entry.frame)
+        self._begun.append(_Begun(item, finish, began_ns))
 
-    def _finish(self, inspector: Inspector) -> None:
-        item, begun, began_ns = self._begun.popleft()
+    def _finish(self) -> None:
+        item, finish, began_ns = self._begun.popleft()
         entry = item.entry
         with self.call.running():
-            inspection = inspector.finish(begun)
+            inspection = finish()
         self.worked = not self.abandoned
+        now_ns = time.monotonic_ns()
+        self._took_ns = now_ns - max(began_ns, self._finished_ns)
+        self._finished_ns = now_ns
         if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
             self._too_late(entry, inspection)
         self._forget(item, inspection)
-        self.in_hand = self.in_hand[1:]
         # One frame later than its verdict: the check for frozen frames still compares with this one.
-        previous, self._previous = self._previous, item.slot
-        if previous is not None:
-            self._ring.give_back(previous)
+        self._let_go(item, self._previous)
         self._look_at(entry, inspection)
 
     def _forget(self, item: Grabbed, inspection: Inspection | None) -> None:
@@ -148,8 +174,17 @@ class Judging:
             raise AssertionError("frames without an image are settled by acquisition")
         self._tap(item.entry, frame.image, inspection)
         frame.forget_image()
-        if self.abandoned:
-            raise Closed
+
+    def _let_go(self, item: Grabbed, slot: Slot | None) -> None:
+        """Be done with a frame, and give a slot back; an abandoned generation has none any more. Raises Closed."""
+        with self._holding:
+            if self.abandoned:
+                raise Closed
+            self._in_hand.remove(item)
+            if slot is not item.slot:
+                self._previous = item.slot
+        if slot is not None:
+            self._ring.give_back(slot)
 
     def _look_at(self, entry: Entry, inspection: Inspection) -> None:
         if inspection.outcome is Outcome.INVALID:
@@ -176,3 +211,8 @@ class Judging:
             threshold=self._judged_by.threshold,
             infer_ms=round(inspection.infer_ns / 1e6, 3),
         )
+
+
+def _kind(item: Grabbed) -> object:
+    frame = item.entry.frame
+    return frame.pixel_format, None if frame.image is None else frame.image.shape

@@ -519,10 +519,10 @@ class Station:
                 self._ring.give_back(item.slot)
             else:
                 self._line.frames.put(item)  # the probe goes on through the next generation
-        judging.abandoned = True
-        for item in judging.in_hand:
+        in_hand, slots = judging.abandon()
+        for item in in_hand:
             self._ledger.settle(item.entry, lost)
-        for slot in judging.held_slots():
+        for slot in slots:
             # A hung call may still read or write its slots when it comes back: they are not used again.
             if hung:
                 self._ring.replace(slot)

@@ -24,7 +24,7 @@ _FAILED_GRABS_BEFORE_REOPEN = 10
 _BUFFERS = 8
 """Transport buffers that pylon fills; the station's ring is the queue."""
 _LENT_BUFFERS = 4
-"""More, for frames that are judged where they lie: one in the engine, the one before it, two that wait."""
+"""More, for frames that are judged where they lie: two in the engine, the one before them, one that waits."""
 
 
 class PylonOptions(Options):

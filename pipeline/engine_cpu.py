@@ -124,7 +124,6 @@ class _Request:
         return self.wait()
 
     def start(self, *inputs: NDArray[np.float32]) -> None:
-        self._inputs = inputs  # used where they are
         self._request.start_async(list(inputs), share_inputs=True)
 
     def wait(self) -> list[NDArray[np.float32]]:

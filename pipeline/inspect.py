@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,17 +14,6 @@ from pipeline.inspection import Inspection, Outcome, Reason
 from pipeline.plausible import PlausibilityCheck, PlausibleLimits
 from pipeline.preprocess import FormatMismatch
 from pipeline.scoring import FloatMap, Region, Scorer
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A frame on its way through the engine, or what was found without that."""
-
-    frame: Frame
-    on_its_way: Pending | None = None
-    """None: the engine has nothing of it."""
-    found: Inspection | None = None
-    """What is known whatever the engine says."""
 
 
 class Inspector:
@@ -79,45 +68,53 @@ class Inspector:
 
     def inspect(self, frame: Frame) -> Inspection:
         """Judge one frame; every failure becomes INVALID with its reason, nothing is raised."""
-        return self.finish(self.begin(frame))
+        return self.begin(frame)()
 
-    def begin(self, frame: Frame) -> Begun:
-        """Begin with a frame, before those that are on their way are finished, where the engine takes more at once.
+    def begin(self, frame: Frame) -> Callable[[], Inspection]:
+        """Begin with a frame, also before those on their way are finished, where the engine takes more at once.
 
-        Every failure becomes INVALID with its reason, nothing is raised. The frame's image must stay valid until it
-        is finished and the next frame was begun, which is compared with it.
+        Returns what waits for the engine and judges; to be called in the order of frames. Every failure becomes
+        INVALID with its reason, nothing is raised here or there. The frame's image must stay valid until it is
+        finished and the next one was begun, which is compared with it.
         """
-        if frame.status is FrameStatus.PENDING:
-            return Begun(frame, found=Inspection(Outcome.INVALID, Reason.TIMEOUT, frame.detail))
         if frame.status is not FrameStatus.COMPLETE:
-            return Begun(frame, found=Inspection(Outcome.INVALID, Reason(frame.status.value), frame.detail))
+            reason = Reason.TIMEOUT if frame.status is FrameStatus.PENDING else Reason(frame.status.value)
+            missing = Inspection(Outcome.INVALID, reason, frame.detail)
+            return lambda: missing
         try:
-            return self._begin(frame)
+            on_its_way = self._to_engine(frame)
         except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
             self._check.forget()
-            return Begun(frame, found=_failed(error))
+            failed = _failed(error)
+            return lambda: failed
+        # Beside the networks, and once the image was read: looking for samples in what no cache holds takes longer.
+        implausible = self._implausible(frame)
 
-    def finish(self, begun: Begun) -> Inspection:
-        """Wait for the oldest frame that was begun, and judge it; nothing is raised, as in `begin`."""
-        try:
-            raw = None if begun.on_its_way is None else begun.on_its_way()
-            if begun.found is not None or raw is None:
-                assert begun.found is not None
-                return begun.found
-            return self._judge(begun.frame, raw)
-        except Exception as error:  # noqa: BLE001 - whatever the engine throws, this part gets its verdict
-            return _failed(error)
+        def finish() -> Inspection:
+            try:
+                raw = on_its_way()  # what was begun is waited for in any case, and may fail
+                return implausible or self._judge(frame, raw)
+            except Exception as error:  # noqa: BLE001 - the same
+                return _failed(error)
 
-    def _begin(self, frame: Frame) -> Begun:
+        return finish
+
+    def _to_engine(self, frame: Frame) -> Pending:
         image, fmt = frame.image, frame.pixel_format
         if image is None or fmt is None:
             raise ValueError("a complete frame without an image")
         self._check_format(fmt)
-        on_its_way = self.engine.begin(image, fmt)
-        # Beside the networks, and once the image was read: looking for samples in what no cache holds takes longer.
-        problem = self._check.problem(image, fmt)
-        found = None if problem is None else Inspection(Outcome.INVALID, Reason.IMAGE, problem)
-        return Begun(frame, on_its_way, found)
+        return self.engine.begin(image, fmt)
+
+    def _implausible(self, frame: Frame) -> Inspection | None:
+        assert frame.image is not None
+        assert frame.pixel_format is not None
+        try:
+            problem = self._check.problem(frame.image, frame.pixel_format)
+        except Exception as error:  # noqa: BLE001 - the same
+            self._check.forget()
+            return _failed(error)
+        return None if problem is None else Inspection(Outcome.INVALID, Reason.IMAGE, problem)
 
     def _judge(self, frame: Frame, raw: RawMaps) -> Inspection:
         if not (np.isfinite(raw.student_teacher).all() and np.isfinite(raw.autoencoder).all()):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,7 +40,7 @@ def test_a_late_frame_does_not_make_the_next_one_look_frozen(tiny_bundle, rng, l
         entry = SimpleNamespace(frame=frame, is_late=lambda number=number: number in late)
         judging._begin(inspector, Grabbed(entry, slot))
         if number not in late:
-            judging._finish(inspector)
+            judging._finish()
     assert reasons == [None] * (6 - len(late))
     assert ring.free_slots == 2, "all but the one that the next frame is compared with"
 
@@ -81,26 +82,36 @@ class Books:
         return True
 
 
+class AnHourEach(Judging):
+    """Expects each frame to take that long."""
+
+    _took_ns = property(lambda self: 3600 * 10**9, lambda self, value: None)
+
+
 @pytest.fixture
 def begun(tiny_bundle, rng):
     """A generation with items waiting for it: frames by their names, or what else is sent."""
     bundle, said = read_bundle(tiny_bundle), []
     limits = PlausibleLimits(black_below=0, frozen_frames=0)
-    made = SimpleNamespace(said=said, ring=FrameRing(6, frame_memory("cpu")), frames=Channel(8))
+    made = SimpleNamespace(
+        said=said, ring=FrameRing(6, frame_memory("cpu")), frames=Channel(8), due_ns={}, shapes={}
+    )
 
     def inspector(**engine):
         made.engine = TwoAtOnce(said, **engine)
         return Inspector(bundle, made.engine, limits=limits)
 
-    def begin(*items, **engine):
+    def begin(*items, kind=Judging, **engine):
         for item in items:
             if isinstance(item, int):
                 slot = made.ring.lease(0)
-                image = slot.store(np.full((96, 96, 3), item, np.uint8))
+                image = slot.store(np.full(made.shapes.get(item, (96, 96, 3)), item, np.uint8))
                 frame = Frame(FrameStatus.COMPLETE, "part", image=image, pixel_format=PixelFormat.BGR8)
-                item = Grabbed(SimpleNamespace(sequence=item, frame=frame, is_late=lambda: False), slot)
+                due_ns = made.due_ns.get(item)
+                late = lambda due_ns=due_ns: due_ns is not None and time.monotonic_ns() >= due_ns
+                item = Grabbed(SimpleNamespace(sequence=item, frame=frame, due_ns=due_ns, is_late=late), slot)
             made.frames.put(item)
-        made.judging = Judging(
+        made.judging = kind(
             *(lambda: inspector(**engine), made.ring, made.frames, Books(said)),
             pass_probe=lambda number: said.append(f"probe {number}"),
             tap=lambda entry, _image, _found: said.append(f"tap {entry.sequence}"),
@@ -126,7 +137,7 @@ def test_a_frame_is_begun_while_the_one_before_it_is_in_the_engine(begun):
         *("begin 1", "begin 2", "finish 1", "settle 1 OK", "tap 1"),
         *("begin 3", "finish 2", "settle 2 OK", "tap 2", "finish 3", "settle 3 OK", "tap 3", "probe 7"),
     ]
-    assert made.judging.in_hand == ()
+    assert made.judging._in_hand == []
     assert made.ring.free_slots == 5, "all but the one that the next frame is compared with"
 
 
@@ -138,16 +149,52 @@ def test_what_was_begun_is_finished_before_the_model_changes(begun):
     wait_for(lambda: "tap 2" in made.said)
 
 
+@pytest.mark.parametrize("sent", ["probe", "swap"])
+def test_what_is_no_frame_stays_for_the_next_generation_until_all_are_judged(begun, sent):
+    item = Probe(7) if sent == "probe" else Swap(begun.inspector())
+    made = begun.begin(1, 2, item, stuck_in=2)
+    assert made.engine.stuck.wait(30)
+    assert made.frames.close() == [item]
+
+
 def test_what_was_begun_behind_a_frame_that_hangs_is_given_up_with_it(begun):
     made = begun.begin(1, 2, 3, stuck_in=1)
     assert made.engine.stuck.wait(30)
     assert made.judging.call.hangs(0)
-    judging, held = made.judging, made.judging.held_slots()
-    assert [item.entry.sequence for item in judging.in_hand] == [1, 2]
-    assert held == [item.slot for item in judging.in_hand]
-    judging.abandoned = True
+    items, held = made.judging.abandon()
+    assert [item.entry.sequence for item in items] == [1, 2]
+    assert held == [item.slot for item in items]
     made.engine.let_go.set()
     made.worker.join(30)
     assert "finish 2" not in made.said, "an abandoned generation does nothing more when it comes back"
     assert made.worker.failure is None
     assert made.ring.free_slots == 3, "its slots are the supervisor's"
+
+
+@pytest.mark.parametrize("which", [2, 3])
+def test_a_frame_that_might_be_late_or_make_one_late_is_not_begun_behind_others(begun, which):
+    begun.due_ns[which] = time.monotonic_ns() + 3600 * 10**9
+    begun.begin(1, 2, 3, 4, kind=AnHourEach)
+    wait_for(lambda: "tap 4" in begun.said)
+    ours = [word for word in begun.said if word[:5] in ("begin", "finis")]
+    if which == 2:  # neither behind the first, nor with the third behind it
+        assert ours[:5] == ["begin 1", "finish 1", "begin 2", "finish 2", "begin 3"]
+    else:
+        assert ours[:6] == ["begin 1", "begin 2", "finish 1", "finish 2", "begin 3", "finish 3"]
+
+
+def test_a_frame_that_became_late_while_others_were_judged_is_refused(begun):
+    begun.due_ns[2] = time.monotonic_ns()
+    begun.begin(1, 2, 3)
+    wait_for(lambda: "tap 3" in begun.said)
+    assert "begin 2" not in begun.said
+    assert begun.said.index("tap 2") > begun.said.index("finish 1")
+    assert begun.ring.free_slots == 5
+
+
+def test_a_frame_of_another_kind_is_prepared_when_nobody_waits_for_it(begun):
+    begun.shapes[2] = (48, 96, 3)
+    begun.begin(1, 2, 3)
+    wait_for(lambda: "tap 3" in begun.said)
+    ours = [word for word in begun.said if word[:5] in ("begin", "finis")]
+    assert ours == ["begin 1", "finish 1", "begin 2", "finish 2", "begin 3", "finish 3"]

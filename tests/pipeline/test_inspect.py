@@ -287,9 +287,23 @@ def test_what_the_engine_began_with_is_waited_for_though_the_image_is_no_part(bu
     found = inspector.inspect(replace(part, image=np.zeros_like(part.image)))
     assert (found.outcome, found.reason) == (Outcome.INVALID, Reason.IMAGE)
     assert len(waited) == 1, "it would be in the way of the next frame"
-    broken = inspector.begin(replace(part, image=np.zeros_like(part.image)))
-    broken = replace(broken, on_its_way=lambda: 1 / 0)
-    assert inspector.finish(broken).reason is Reason.ENGINE
+    inspector.engine.begin = lambda _image, _fmt: lambda: 1 / 0
+    assert inspector.inspect(replace(part, image=np.zeros_like(part.image))).reason is Reason.ENGINE
+    assert inspector.inspect(part).reason is Reason.ENGINE
+
+
+def test_a_check_that_fails_leaves_nothing_begun(bundle, part, monkeypatch):
+    maps, waited = np.zeros((8, 8), np.float32), []
+    engine = CannedEngine(maps, maps)
+    engine.begin = lambda image, _fmt: lambda: waited.append(image) or engine.maps
+
+    def fails(self, image, fmt):
+        raise MemoryError("a sample")
+
+    monkeypatch.setattr(PlausibilityCheck, "problem", fails)
+    found = Inspector(bundle, engine).inspect(part)
+    assert (found.reason, found.detail) == (Reason.ENGINE, "MemoryError: a sample")
+    assert len(waited) == 1
 
 
 def test_a_frame_is_not_compared_with_memory_that_was_given_back(bundle, part, rng):
