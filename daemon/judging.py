@@ -24,6 +24,8 @@ from pipeline.inspection import Inspection, Outcome, Reason
 _ENGINE_ERRORS_IN_A_ROW = 3
 """So many make the engine be built anew: a device that has lost its context fails for ever."""
 
+_MEASURED = 8
+
 Tap = Callable[[Entry, Image, Inspection | None], None]
 """Looks at a judged frame and copies what it wants to keep; None: it came too late to be judged."""
 
@@ -71,7 +73,9 @@ class Judging:
         """What was taken and has not been judged yet."""
         self._holding = threading.Lock()
         """For what is in hand, and the slots with it: a thread may come back while it is abandoned."""
-        self._took_ns = self._finished_ns = 0
+        self._took_ns: deque[int] = deque(maxlen=_MEASURED)
+        """How long the engine was busy with the latest frames; one is forgotten for each that is refused for it."""
+        self._finished_ns = 0
         self.call = Call()
         """Runs while the thread is inside the engine."""
         self.building = Call()
@@ -117,11 +121,15 @@ class Judging:
         item = self._frames.peek()
         if not isinstance(item, Grabbed) or len(self._begun) >= inspector.engine.at_once:
             return False
-        needed_ns = (len(self._begun) + 1) * self._took_ns
-        by_ns = time.monotonic_ns() + needed_ns
         entries = (item.entry, *(begun.item.entry for begun in self._begun))
-        in_time = all(entry.due_ns is None or by_ns < entry.due_ns for entry in entries)
+        in_time = not any(self._would_be_late(entry, len(entries)) for entry in entries)
         return in_time and _kind(item) == _kind(self._begun[-1].item)
+
+    def _would_be_late(self, entry: Entry, frames: int = 1) -> bool:
+        """Tell whether so many frames take longer than a number has time for."""
+        if entry.due_ns is None:
+            return False
+        return time.monotonic_ns() + frames * min(self._took_ns, default=0) >= entry.due_ns
 
     def abandon(self) -> tuple[list[Grabbed], list[Slot]]:
         """End this generation, which may hang; return what it has not judged, and the slots that it holds."""
@@ -143,8 +151,10 @@ class Judging:
         with self._holding:
             self._in_hand.append(item)
         began_ns = time.monotonic_ns()
-        # One slow frame must not make all that follow late.
-        if item.entry.is_late():
+        # One slow frame must not make all that follow late, nor one that will be late the next.
+        if item.entry.is_late() or self._would_be_late(item.entry):
+            if self._took_ns:  # a machine that was slow for a while is tried again
+                self._took_ns.popleft()
             self._forget(item, None)
             self._let_go(item, item.slot)  # nobody looked at it, so nobody compares with it
             return
@@ -159,7 +169,7 @@ class Judging:
             inspection = finish()
         self.worked = not self.abandoned
         now_ns = time.monotonic_ns()
-        self._took_ns = now_ns - max(began_ns, self._finished_ns)
+        self._took_ns.append(now_ns - max(began_ns, self._finished_ns))
         self._finished_ns = now_ns
         if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
             self._too_late(entry, inspection)
