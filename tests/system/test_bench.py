@@ -32,8 +32,8 @@ def check_stages(result):
         assert values == sorted(values)
     assert len(result["rss_mib"]) == len(result["descriptors"]) == 11
     assert min(result["rss_mib"]) > 0
-    # Sums would not do: a frame that waited in the camera's queue waits less in ours. A subscriber may have a verdict
-    # before its publisher looks at the clock.
+    # Sums would not do: a frame that waited in the camera's queue waits less in ours. A subscriber may have a
+    # verdict before its publisher looks at the clock.
     for stage in sorted({*STAGES} - {"overhead"}):
         for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms"):
             assert result[stage][key] <= result["total"][key]
