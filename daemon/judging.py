@@ -149,7 +149,15 @@ class Judging:
 
     def _begin(self, inspector: Inspector, item: Grabbed) -> None:
         with self._holding:
-            self._in_hand.append(item)
+            abandoned = self.abandoned
+            if not abandoned:
+                self._in_hand.append(item)
+        if abandoned:  # at the moment in which it was taken, so that nobody else knows of it
+            lost = Inspection(Outcome.INVALID, Reason.ENGINE, "the engine was abandoned when it took this frame")
+            self._ledger.settle(item.entry, lost)
+            item.entry.frame.forget_image()
+            self._ring.give_back(item.slot)
+            raise Closed
         began_ns = time.monotonic_ns()
         # One slow frame must not make all that follow late, nor one that will be late the next.
         if item.entry.is_late() or self._would_be_late(item.entry):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import structlog
 
-from daemon.channels import Channel, Grabbed, Probe, Swap
+from daemon.channels import Channel, Closed, Grabbed, Probe, Swap
 from daemon.judging import Judging
 from daemon.ring import FrameRing
 from daemon.supervision import Worker
@@ -108,16 +108,18 @@ def begun(tiny_bundle, rng):
         made.engine = TwoAtOnce(said, **engine)
         return Inspector(bundle, made.engine, limits=limits)
 
+    def frame(name):
+        slot = made.ring.lease(0)
+        image = slot.store(np.full(made.shapes.get(name, (96, 96, 3)), name, np.uint8))
+        frame = Frame(FrameStatus.COMPLETE, "part", image=image, pixel_format=PixelFormat.BGR8)
+        due_ns = made.due_ns.get(name)
+        entry = SimpleNamespace(sequence=name, frame=frame, due_ns=due_ns)
+        entry.is_late = lambda: due_ns is not None and time.monotonic_ns() >= due_ns
+        return Grabbed(entry, slot)
+
     def begin(*items, kind=Judging, **engine):
         for item in items:
-            if isinstance(item, int):
-                slot = made.ring.lease(0)
-                image = slot.store(np.full(made.shapes.get(item, (96, 96, 3)), item, np.uint8))
-                frame = Frame(FrameStatus.COMPLETE, "part", image=image, pixel_format=PixelFormat.BGR8)
-                due_ns = made.due_ns.get(item)
-                late = lambda due_ns=due_ns: due_ns is not None and time.monotonic_ns() >= due_ns
-                item = Grabbed(SimpleNamespace(sequence=item, frame=frame, due_ns=due_ns, is_late=late), slot)
-            made.frames.put(item)
+            made.frames.put(frame(item) if isinstance(item, int) else item)
         made.judging = kind(
             *(lambda: inspector(**engine), made.ring, made.frames, Books(said)),
             pass_probe=lambda number: said.append(f"probe {number}"),
@@ -129,7 +131,7 @@ def begun(tiny_bundle, rng):
         made.worker.start()
         return made
 
-    made.inspector, made.begin = inspector, begin
+    made.inspector, made.frame, made.begin = inspector, frame, begin
     yield made
     made.engine.let_go.set()
     made.frames.close()
@@ -176,6 +178,17 @@ def test_what_was_begun_behind_a_frame_that_hangs_is_given_up_with_it(begun):
     assert "finish 2" not in made.said, "an abandoned generation does nothing more when it comes back"
     assert made.worker.failure is None
     assert made.ring.free_slots == 3, "its slots are the supervisor's"
+
+
+def test_a_frame_that_was_taken_while_its_generation_was_abandoned_has_its_verdict(begun):
+    begun.begin(stuck_in=1)
+    item = begun.frame(2)
+    begun.judging.abandon()
+    with pytest.raises(Closed):
+        begun.judging._begin(begun.inspector(), item)
+    assert begun.said == ["settle 2 INVALID"]
+    assert not np.shares_memory(item.entry.frame.image, item.slot.memory)
+    assert begun.ring.free_slots == 6
 
 
 @pytest.mark.parametrize("which", [2, 3])
