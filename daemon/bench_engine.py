@@ -124,7 +124,8 @@ def bench_engine(
                 count = max(1, round(seconds * 1000 / _ROUNDS / once_ms[index]))
                 latest[index] = ask(count)
                 times[index] += latest[index].took_ms
-                rates[index] += [] if (rate := latest[index].saturated_fps) is None else [rate]
+                if (rate := latest[index].saturated_fps) is not None:
+                    rates[index].append(rate)
             on_round(turn + 1, _ROUNDS)
     device = "cuda" if any(side.engine == "cuda" for side in sides) else "cpu"
     gmac_per_s = _machine_limits(sides[0].threads) if limits and device == "cpu" else {}

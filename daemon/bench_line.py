@@ -244,8 +244,8 @@ class BenchStation:
         for verdict in found:
             word = verdict["verdict"] if verdict["reason"] is None else f"{verdict['verdict']}/{verdict['reason']}"
             outcomes[word] = outcomes.get(word, 0) + 1
-        judged = [verdict["latency_us"] for verdict in found if verdict["verdict"] != "INVALID"]
-        self._judged = [verdict["sequence"] for verdict in found if verdict["verdict"] != "INVALID"]
+        judged = [verdict for verdict in found if verdict["verdict"] != "INVALID"]
+        self._judged = [verdict["sequence"] for verdict in judged]
         if not judged:
             raise BenchFailed(f"no part could be judged: {outcomes}; at this load, or with this camera's format")
         return LineResult(
@@ -257,7 +257,7 @@ class BenchStation:
             outcomes=outcomes,
             unjournaled=sum(not verdict["journaled"] for verdict in found),
             maps=self._maps,
-            stages=_stages(judged),
+            stages=_stages([verdict["latency_us"] for verdict in judged]),
             rss_mib=[round(rss_mib, 1) for rss_mib, _ in looks],
             descriptors=[descriptors for _, descriptors in looks],
         )

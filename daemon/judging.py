@@ -118,18 +118,18 @@ class Judging:
         at again after them: by then it may have to be refused. One of another kind than the last may take long to
         be prepared for the first time, while the others' time runs.
         """
+        if len(self._begun) >= inspector.engine.at_once:
+            return False
         item = self._frames.peek()
-        if not isinstance(item, Grabbed) or len(self._begun) >= inspector.engine.at_once:
+        if not isinstance(item, Grabbed) or _kind(item) != _kind(self._begun[-1].item):
             return False
         entries = (item.entry, *(begun.item.entry for begun in self._begun))
-        in_time = not any(self._would_be_late(entry, len(entries)) for entry in entries)
-        return in_time and _kind(item) == _kind(self._begun[-1].item)
+        needed_ns = len(entries) * self._needed_ns()
+        return not any(entry.is_late(needed_ns) for entry in entries)
 
-    def _would_be_late(self, entry: Entry, frames: int = 1) -> bool:
-        """Tell whether so many frames take longer than a number has time for."""
-        if entry.due_ns is None:
-            return False
-        return time.monotonic_ns() + frames * min(self._took_ns, default=0) >= entry.due_ns
+    def _needed_ns(self) -> int:
+        """Return how long the engine was busy with a frame at least, lately."""
+        return min(self._took_ns, default=0)
 
     def abandon(self) -> tuple[list[Grabbed], list[Slot]]:
         """End this generation, which may hang; return what it has not judged, and the slots that it holds."""
@@ -160,11 +160,11 @@ class Judging:
             raise Closed
         began_ns = time.monotonic_ns()
         # One slow frame must not make all that follow late, nor one that will be late the next.
-        if item.entry.is_late() or self._would_be_late(item.entry):
+        if item.entry.is_late(self._needed_ns()):
             if self._took_ns:  # a machine that was slow for a while is tried again
                 self._took_ns.popleft()
             self._forget(item, None)
-            self._let_go(item, item.slot)  # nobody looked at it, so nobody compares with it
+            self._let_go(item, compared=False)
             return
         with self.call.running():
             finish = inspector.begin(item.entry.frame)
@@ -182,8 +182,7 @@ class Judging:
         if not self._ledger.settle(entry, inspection, judged_by=self._judged_by, began_ns=began_ns):
             self._too_late(entry, inspection)
         self._forget(item, inspection)
-        # One frame later than its verdict: the check for frozen frames still compares with this one.
-        self._let_go(item, self._previous)
+        self._let_go(item, compared=True)
         self._look_at(entry, inspection)
 
     def _forget(self, item: Grabbed, inspection: Inspection | None) -> None:
@@ -193,14 +192,18 @@ class Judging:
         self._tap(item.entry, frame.image, inspection)
         frame.forget_image()
 
-    def _let_go(self, item: Grabbed, slot: Slot | None) -> None:
-        """Be done with a frame, and give a slot back; an abandoned generation has none any more. Raises Closed."""
+    def _let_go(self, item: Grabbed, *, compared: bool) -> None:
+        """Be done with a frame, and give a slot back; an abandoned generation has none any more. Raises Closed.
+
+        That of a frame which the check for frozen ones still compares with is given back after the next.
+        """
+        slot: Slot | None = item.slot
         with self._holding:
             if self.abandoned:
                 raise Closed
             self._in_hand.remove(item)
-            if slot is not item.slot:
-                self._previous = item.slot
+            if compared:
+                slot, self._previous = self._previous, item.slot
         if slot is not None:
             self._ring.give_back(slot)
 

@@ -79,9 +79,9 @@ class Entry:
         """The station's number."""
         return self.frame.sequence
 
-    def is_late(self) -> bool:
-        """Tell whether nothing found from now on can become this number's verdict."""
-        return self.taken or (self.due_ns is not None and time.monotonic_ns() >= self.due_ns)
+    def is_late(self, after_ns: int = 0) -> bool:
+        """Tell whether nothing found from now on, or after so long, can become this number's verdict."""
+        return self.taken or (self.due_ns is not None and time.monotonic_ns() + after_ns >= self.due_ns)
 
 
 class Ledger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -58,15 +59,15 @@ class CpuEngine:
         folded = fold(model.size, model.geometry, model.weights)
         ranges = model.ranges if precision == "int8" else None
         options = compile_options(precision, threads, pin_threads=pin_threads)
-        self._tiles = self._geometry.tiles() if self._geometry.is_tiled else None
-        parts: list[Part] = ["prediction", "tile"] if self._tiles else ["whole"]
+        is_tiled = self._geometry.is_tiled
+        parts: list[Part] = ["prediction", "tile"] if is_tiled else ["whole"]
         compiled = [
             CORE.compile_model(build_graph(folded, part, ranges, winograd=precision == "fp32"), "CPU", options)
             for part in parts
         ]
-        self.at_once = 1 if self._tiles else _AT_ONCE
+        self.at_once = 1 if is_tiled else _AT_ONCE
         self._requests = [_Request(graph) for graph in compiled for _ in range(self.at_once)]
-        self._turn = 0
+        self._turns = itertools.cycle(self._requests)
 
     def warm_up(self) -> None:
         """Run once on an empty picture."""
@@ -78,35 +79,34 @@ class CpuEngine:
         start_ns = time.perf_counter_ns()
         prepared = self._preprocess(image, fmt)
         ready_ns = time.perf_counter_ns()
-        maps_of = self._begin(prepared)
+        wait = self._begin(prepared)
 
         def finish() -> RawMaps:
-            st, ae = maps_of()
+            st, ae = wait()
             infer_ns = time.perf_counter_ns() - ready_ns
             return RawMaps(st, ae, preprocess_ns=ready_ns - start_ns, infer_ns=infer_ns)
 
         return finish
 
     def _begin(self, prepared: Prepared) -> Callable[[], Sequence[FloatMap]]:
-        if self._tiles is not None:
-            return lambda: self.infer(prepared)
-        request = self._requests[self._turn]
-        self._turn = (self._turn + 1) % self.at_once
+        if self._geometry.is_tiled:
+            return lambda: self._by_tiles(prepared[None])
+        request = next(self._turns)
         request.start(prepared[None])
         return request.wait
 
     def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
         """Compute the raw maps of one prepared image, (map_height, map_width) each."""
-        image = prepared[None]
-        if self._tiles is None:
-            st, ae = self._requests[0].run(image)
-            return st, ae
-        prediction, tiles = self._requests
+        st, ae = self._begin(prepared)()
+        return st, ae
+
+    def _by_tiles(self, image: NDArray[np.float32]) -> tuple[FloatMap, FloatMap]:
+        prediction, piece = self._requests
         (predicted,) = prediction.run(image)
         g = self._geometry
         map_st, map_ae = np.empty((2, g.map_height, g.map_width), np.float32)
-        for tile in self._tiles:
-            maps = tiles.run(*_piece(tile, image, predicted))
+        for tile in g.tiles():
+            maps = piece.run(*_piece(tile, image, predicted))
             map_st[tile.rows, tile.columns], map_ae[tile.rows, tile.columns] = maps
         return map_st, map_ae
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,7 @@ class CudaEngine:
         inputs = [torch.zeros(1, 3, g.image_height, g.image_width, device="cuda") for _ in range(self.at_once)]
         preprocess = CudaPreprocessor(model.preprocess, [cupy.from_dlpack(each[0]) for each in inputs])
         self._lanes = [_Lane(number, each, preprocess, networks, g, dtype) for number, each in enumerate(inputs)]
-        self._turn = 0
+        self._turns = itertools.cycle(self._lanes)
 
     def warm_up(self) -> None:
         """Run each lane once on what lies in its input."""
@@ -65,9 +66,7 @@ class CudaEngine:
 
     def begin(self, image: Image, fmt: PixelFormat) -> Pending:
         """Queue one frame; its maps are waited for once."""
-        lane = self._lanes[self._turn]
-        self._turn = (self._turn + 1) % self.at_once
-        return lane.begin(image, fmt)
+        return next(self._turns).begin(image, fmt)
 
     def infer(self, prepared: Prepared) -> tuple[FloatMap, FloatMap]:
         """Compute the raw maps of one prepared image, (map_height, map_width) each."""

@@ -41,9 +41,7 @@ class Inspector:
         self._check = PlausibilityCheck(limits or PlausibleLimits())
         self._trained = frozenset(PixelFormat(name) for name in bundle.training.get("pixel_formats", ()))
         self._unfit = frozenset(fmt for fmt in PixelFormat if self._is_unfit(fmt))
-        geometry = bundle.model.geometry
-        self._scorer = Scorer(geometry, bundle.model.preprocess.ignored_in_roi())
-        self._stretched = np.empty((geometry.score_height, geometry.score_width), np.float32)
+        self._scorer = Scorer(bundle.model.geometry, bundle.model.preprocess.ignored_in_roi())
 
     def warm_up(self) -> None:
         """Do what is done once only, so that the first part is not the slowest.
@@ -122,7 +120,7 @@ class Inspector:
         with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the score, below
             combined = self._scorer.combine(raw.student_teacher, raw.autoencoder, self.bundle.quantiles)
         anomaly_map = self._scorer.blank(combined)
-        stretched = self._scorer.stretch(anomaly_map, self._stretched)
+        stretched = self._scorer.stretch(anomaly_map)
         score = float(stretched.max())
         outcome = judge(score, self.threshold)
         if outcome is Outcome.INVALID:

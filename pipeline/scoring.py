@@ -150,17 +150,12 @@ class Scorer:
             return anomaly_map
         return np.where(self.ignored_cells, np.float32(0), anomaly_map)
 
-    def stretch(self, anomaly_map: FloatMap, out: FloatMap | None = None) -> FloatMap:
-        """Pad with zeros and upsample bilinearly to (score_height, score_width); ignored pixels are −inf.
-
-        Args:
-            anomaly_map: (map_height, map_width)
-            out: memory for the result; new memory is given by the system page by page.
-        """
+    def stretch(self, anomaly_map: FloatMap) -> FloatMap:
+        """Pad with zeros and upsample bilinearly to (score_height, score_width); ignored pixels are −inf."""
         g, pad = self.geometry, self.geometry.padding_cells
         padded = np.zeros((g.map_height + 2 * pad, g.map_width + 2 * pad), np.float32)
         padded[pad : pad + g.map_height, pad : pad + g.map_width] = self.blank(anomaly_map)
-        stretched = cv2.resize(padded, (g.score_width, g.score_height), out, interpolation=cv2.INTER_LINEAR)
+        stretched = cv2.resize(padded, (g.score_width, g.score_height), interpolation=cv2.INTER_LINEAR)
         if self.ignored_score is not None:
             stretched[self.ignored_score] = -np.inf
         return np.asarray(stretched, np.float32)

@@ -37,7 +37,7 @@ def test_a_late_frame_does_not_make_the_next_one_look_frozen(tiny_bundle, rng, l
         slot = ring.lease(0)
         image = slot.store(rng.integers(40, 200, (96, 96, 3)).astype(np.uint8))
         frame = Frame(FrameStatus.COMPLETE, "part", image=image, pixel_format=PixelFormat.BGR8)
-        entry = SimpleNamespace(frame=frame, due_ns=None, is_late=lambda number=number: number in late)
+        entry = SimpleNamespace(frame=frame, is_late=lambda _after_ns, number=number: number in late)
         judging._begin(inspector, Grabbed(entry, slot))
         if number not in late:
             judging._finish()
@@ -113,8 +113,8 @@ def begun(tiny_bundle, rng):
         image = slot.store(np.full(made.shapes.get(name, (96, 96, 3)), name, np.uint8))
         frame = Frame(FrameStatus.COMPLETE, "part", image=image, pixel_format=PixelFormat.BGR8)
         due_ns = made.due_ns.get(name)
-        entry = SimpleNamespace(sequence=name, frame=frame, due_ns=due_ns)
-        entry.is_late = lambda: due_ns is not None and time.monotonic_ns() >= due_ns
+        entry = SimpleNamespace(sequence=name, frame=frame)
+        entry.is_late = lambda after_ns: due_ns is not None and time.monotonic_ns() + after_ns >= due_ns
         return Grabbed(entry, slot)
 
     def begin(*items, kind=Judging, **engine):

@@ -142,11 +142,11 @@ def test_an_engine_that_keeps_failing_is_built_anew(faulty):
     assert_kept(line)
 
 
-def unheard(station, model, state_dir, **more):
-    """Configure a station in this process that nobody listens to."""
+def configured(station, model, state_dir, **more):
+    """Configure a station in this process, with an endpoint of its own."""
     publish = PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"])
-    camera = SyntheticOptions()
-    return StationConfig(station=station, camera=camera, model=model, publish=publish, state_dir=state_dir, **more)
+    settings = {"camera": SyntheticOptions(), "publish": publish, **more}
+    return StationConfig(station=station, model=model, state_dir=state_dir, **settings)
 
 
 def run_and_listen(station, endpoint):
@@ -181,19 +181,17 @@ def test_a_late_result_is_an_event_not_a_second_verdict(tiny_bundle, tmp_path):
                     published.wait(0.005)
             return super().begin(image, fmt)
 
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
-    config = StationConfig(
-        station="late",
+    config = configured(
+        "late",
+        tiny_bundle,
+        tmp_path,
         camera=SyntheticOptions(width=96, height=96, frames=6, rate_fps=4),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[endpoint]),
         on_overload="invalid",
         verdict=VerdictConfig(deadline_ms=3000),
         threads=1,
-        state_dir=tmp_path,
     )
     station = Station(config, engine_for=lambda _config, bundle: EngineChoice(Slow(bundle.model, 1), "test"))
-    heard, summary = run_and_listen(station, endpoint)
+    heard, summary = run_and_listen(station, *config.publish.verdicts)
     verdicts = {v["sequence"]: v for v in heard["verdict"]}
     assert len(verdicts) == len(heard["verdict"]) == summary.totals.seen == 6
     assert verdicts[3]["reason"] == "deadline"
@@ -226,19 +224,17 @@ def test_a_fault_with_another_frame_begun_loses_none_and_doubles_none(tiny_bundl
 
             return finish_or_fail
 
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
-    config = StationConfig(
-        station="two",
+    config = configured(
+        "two",
+        tiny_bundle,
+        tmp_path,
         # As fast as they are taken: another frame waits when one was begun.
         camera=SyntheticOptions(width=96, height=96, frames=60, rate_fps=10_000),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[endpoint]),
         on_overload="wait",
         supervision=SupervisionConfig(hang_s=1.0),
-        state_dir=tmp_path,
     )
     station = Station(config, engine_for=lambda _config, bundle: EngineChoice(Faulty(bundle.model, 1), "test"))
-    heard, summary = run_and_listen(station, endpoint)
+    heard, summary = run_and_listen(station, *config.publish.verdicts)
     let_go.set()
     assert max(most_begun) == 2
     assert summary.totals.seen == 60
@@ -275,20 +271,18 @@ def test_a_jump_of_the_clock_changes_no_deadline_and_no_order(tiny_bundle, tmp_p
                     frame.wall_ns -= day_ns
             return frames
 
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
-    config = StationConfig(
-        station="clock",
+    config = configured(
+        "clock",
+        tiny_bundle,
+        tmp_path,
         camera=SyntheticOptions(width=96, height=96, frames=20, rate_fps=20),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[endpoint]),
         on_overload="invalid",
         verdict=VerdictConfig(deadline_ms=20_000),
         slots=32,
         threads=1,
-        state_dir=tmp_path,
     )
     station = Station(config, camera_for=lambda settings: Jumping(settings.camera))
-    heard, summary = run_and_listen(station, endpoint)
+    heard, summary = run_and_listen(station, *config.publish.verdicts)
     assert (summary.totals.seen, summary.totals.in_flight) == (20, 0)
     assert summary.totals.reasons == {}
     assert [v["sequence"] for v in heard["verdict"]] == list(range(1, 21))
@@ -337,7 +331,7 @@ def test_a_camera_that_never_comes_back_ends_the_process_for_systemd(tiny_bundle
         def close(self):
             pass
 
-    config = unheard("busy", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=2))
+    config = configured("busy", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=2))
     station = Station(config, camera_for=lambda _settings: HungThenBusy())
     with pytest.raises(StationFailed, match="the device is in use"):
         station.run()
@@ -429,7 +423,7 @@ def test_too_many_failures_end_the_process_and_leave_nothing_open(tiny_bundle, t
             images.append(weakref.ref(frames[0].image))
             return frames
 
-    config = unheard("broken", tiny_bundle, tmp_path)
+    config = configured("broken", tiny_bundle, tmp_path)
     station = Station(config, camera_for=lambda settings: Broken(settings.camera))
     with pytest.raises(StationFailed, match="acquisition thread failed too often: a fault in the driver"):
         station.run()
@@ -442,14 +436,12 @@ def test_too_many_failures_end_the_process_and_leave_nothing_open(tiny_bundle, t
 def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny_bundle, tmp_path, monkeypatch):
     """In process: no real socket fails on demand. Sending fails before, and once after the message is out."""
 
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
-    config = StationConfig(
-        station="pub",
+    config = configured(
+        "pub",
+        tiny_bundle,
+        tmp_path,
         camera=SyntheticOptions(width=96, height=96, frames=30, rate_fps=30),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[endpoint]),
         journal=JournalConfig(wait_ms=10_000),
-        state_dir=tmp_path,
     )
     failing, publish, done = {5, 12}, Publishing._publish, Publishing._send_map
 
@@ -466,7 +458,7 @@ def test_the_publishers_successor_sends_what_was_not_sent_and_nothing_twice(tiny
 
     monkeypatch.setattr(Publishing, "_publish", before)
     monkeypatch.setattr(Publishing, "_send_map", after)
-    heard, summary = run_and_listen(Station(config), endpoint)
+    heard, summary = run_and_listen(Station(config), *config.publish.verdicts)
     seen = [verdict["sequence"] for verdict in heard["verdict"]]
     assert summary.totals.seen == 30
     assert summary.totals.in_flight == 0
@@ -595,7 +587,7 @@ class DeafCamera(StubbornCamera):
 
 
 def test_drivers_that_hang_one_after_the_other_end_the_process(tiny_bundle, tmp_path):
-    config = unheard("deaf", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.2))
+    config = configured("deaf", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.2))
     station = Station(config, camera_for=lambda _settings: DeafCamera())
     with pytest.raises(StationFailed, match="5 times without work in between"):
         station.run()
@@ -618,7 +610,7 @@ def test_an_engine_that_hangs_on_every_frame_ends_the_process(tiny_bundle, tmp_p
         return EngineChoice(Stuck(bundle.model, 1), "test")
 
     # Long enough for the camera's own calls beside engines that are made: only the engine hangs.
-    config = unheard("stuck", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=1.0))
+    config = configured("stuck", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=1.0))
     station = Station(config, engine_for=engine, camera_for=lambda settings: Unending(settings.camera))
     with pytest.raises(StationFailed, match="5 times without work in between"):
         station.run()
@@ -643,7 +635,7 @@ def test_a_folder_whose_disk_hangs_ends_the_run_and_does_not_begin_anew(tiny_bun
             let_go.wait(120)
             return []
 
-    config = unheard("nfs", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.2))
+    config = configured("nfs", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.2))
     station = Station(config, camera_for=lambda settings: OnADeadDisk(settings.camera))
     with pytest.raises(StationFailed, match=r"a driver call took longer than 0\.2 s"):
         station.run()
@@ -662,14 +654,12 @@ def test_a_frame_that_finds_no_memory_gets_its_verdict(tiny_bundle, tmp_path, mo
         keep(self, slot, frame)
 
     monkeypatch.setattr(FrameRing, "keep", failing)
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
-    config = StationConfig(
-        station="memory",
+    config = configured(
+        "memory",
+        tiny_bundle,
+        tmp_path,
         camera=SyntheticOptions(width=96, height=96, rate_fps=50),
-        model=tiny_bundle,
-        publish=PublishConfig(verdicts=[endpoint]),
         on_overload="wait",
-        state_dir=tmp_path,
     )
     station = Station(config, camera_for=lambda settings: Unending(settings.camera))
 
@@ -678,7 +668,7 @@ def test_a_frame_that_finds_no_memory_gets_its_verdict(tiny_bundle, tmp_path, mo
         station.stop()
 
     threading.Thread(target=stop, daemon=True).start()
-    heard, summary = run_and_listen(station, endpoint)
+    heard, summary = run_and_listen(station, *config.publish.verdicts)
     assert summary.totals.in_flight == 0
     verdicts = {v["sequence"]: v for v in heard["verdict"]}
     assert sorted(verdicts) == list(range(1, summary.totals.seen + 1))
@@ -695,7 +685,7 @@ def test_a_daemon_that_is_stopped_while_it_loads_ends_at_once(tiny_bundle, tmp_p
         made.append(bundle)
         return EngineChoice(CpuEngine(bundle.model, 1), "test")
 
-    station = Station(unheard("loading", tiny_bundle, tmp_path), engine_for=engine)
+    station = Station(configured("loading", tiny_bundle, tmp_path), engine_for=engine)
     summary = station.run()
     assert made == [], "nobody waited for it"
     let_go.set()
