@@ -61,7 +61,7 @@ def load_good_images(
     Args:
         dataset: a folder of good images, or a data set in a layout of `calibrate.layouts`.
         held_out_share: share of the images that training never sees, at least one image; a data set with
-            validation images of its own holds out those instead.
+            validation images of its own holds out those instead, and leaves out other photographs of their parts.
         seed: of the shuffle.
         fit: names an image's pixel format, or raises ValueError when the image does not fit the run.
         part: its first group, in a file's name, says which part that shows; None, or where it is not found: one
@@ -109,19 +109,21 @@ def load_good_images(
             f"{dataset.absolute()}: {len(corrupt)} of {count + len(corrupt)} files cannot be read, more "
             f"than {MAX_CORRUPT_SHARE:.0%}:\n{listed}"
         )
-    left_out = 0
+    parts = list(_by_part(usable, part, dataset).values())
+    rng = np.random.default_rng([seed, 0])
     if validation:
-        train, held_out = sorted(usable.keys() - validation.keys()), sorted(validation)
-        if not train:
-            raise DatasetError(f"{dataset.absolute()}: no image to learn from beside the validation images")
+        chosen = {i for i, digests in enumerate(parts) if not validation.keys().isdisjoint(digests)}
+        if len(chosen) == len(parts):
+            raise DatasetError(f"{dataset.absolute()}: no image to learn from: validation images show every part")
     else:
-        parts = list(_by_part(usable, part, dataset).values())
-        rng = np.random.default_rng([seed, 0])
-        order = rng.permutation(len(parts))
         take = min(len(parts) - 1, max(1, round(held_out_share * len(parts))))
-        train = [digest for i in sorted(order[take:]) for digest in parts[i]]
-        held_out = [parts[i][rng.integers(len(parts[i]))] for i in sorted(order[:take])]
-        left_out = len(usable) - len(train) - len(held_out)
+        chosen = set(rng.permutation(len(parts))[:take].tolist())
+    train = [digest for i, digests in enumerate(parts) if i not in chosen for digest in digests]
+    held_out = []
+    for i in sorted(chosen):
+        photographs = [digest for digest in parts[i] if digest in validation] or parts[i]
+        held_out.append(photographs[rng.integers(len(photographs))])
+    left_out = len(usable) - len(train) - len(held_out)
     duplicates = [[file.name for file in files] for files in usable.values() if len(files) > 1]
     duplicates += [[file.name for file in good[digest] + validation[digest]] for digest in sorted(both)]
     return GoodImages(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,12 +12,14 @@ from daemon.cli_errors import clear_errors
 from daemon.cli_options import (
     DeviceOption,
     EnginePrecisionOption,
+    PartOption,
     area,
     check_file,
     engine_words,
     format_named,
     one_of,
     pair,
+    part_pattern,
 )
 
 if TYPE_CHECKING:
@@ -64,13 +65,7 @@ def train(
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="share kept for calibration")] = 0.1,
-    part: Annotated[
-        str | None,
-        typer.Option(
-            help="where parts were photographed several times: a regular expression whose first group, in a "
-            "photograph's name, says which part it shows, such as 'part([0-9]+)'"
-        ),
-    ] = None,
+    part: PartOption = None,
     false_reject_rate: Annotated[float, typer.Option(min=0.0001, max=0.5, help="wanted, of good parts")] = 0.01,
     learning_rate: Annotated[
         float | None, typer.Option(min=1e-7, max=0.1, help="instead of the preset's; a tenth of it from 95% on")
@@ -147,7 +142,7 @@ def train(
             seed=seed,
             learning_rate=learning_rate or chosen.learning_rate,
             held_out_share=held_out,
-            part=None if part is None else _with_a_group(part),
+            part=part_pattern(part),
             false_reject_rate=false_reject_rate,
             losses=LossOptions(hard_quantile, penalty, autoencoder is not False),
             quantile_levels=(quantile_a, quantile_b),
@@ -166,16 +161,6 @@ def train(
         with ConsoleListener() as listener:
             bundle = train_bundle(options, listener)
         say_bundle(bundle, options)
-
-
-def _with_a_group(pattern: str) -> str:
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise typer.BadParameter(f"no regular expression: {error}", param_hint="--part") from error
-    if groups == 0:
-        raise typer.BadParameter(f"needs a group: ({pattern})", param_hint="--part")
-    return pattern
 
 
 def say_bundle(bundle: Bundle, options: TrainOptions) -> None:

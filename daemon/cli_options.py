@@ -20,6 +20,13 @@ SecretOption = Annotated[
     Path | None, typer.Option(help="this client's .key_secret, for TCP with keys", dir_okay=False, exists=True)
 ]
 ServerKeyOption = Annotated[str | None, typer.Option(help="the daemon's public key, for TCP with keys")]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        help="where parts were photographed several times: a regular expression whose first group, in a "
+        "photograph's name, says which part it shows, such as 'part([0-9]+)'"
+    ),
+]
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the station's YAML file", dir_okay=False)]
 
 
@@ -51,6 +58,19 @@ def format_named(name: str) -> PixelFormat:
     from drivers.frame import PixelFormat
 
     return PixelFormat(one_of(name, "--pixel-format", *(each.value for each in PixelFormat)))
+
+
+def part_pattern(pattern: str | None) -> str | None:
+    """Check --part. Raises typer.BadParameter."""
+    if pattern is None:
+        return None
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise typer.BadParameter(f"no regular expression: {error}", param_hint="--part") from error
+    if groups == 0:
+        raise typer.BadParameter(f"needs a group: ({pattern})", param_hint="--part")
+    return pattern
 
 
 def area(text: str) -> FrameArea:

@@ -9,7 +9,7 @@ import typer
 
 from daemon.cli_calibrate import say_bundle
 from daemon.cli_errors import clear_errors
-from daemon.cli_options import area, one_of, pair
+from daemon.cli_options import PartOption, area, one_of, pair, part_pattern
 
 
 def register(app: typer.Typer) -> None:
@@ -102,6 +102,7 @@ def import_foreign(
             "statistics, all but one",
         ),
     ] = None,
+    part: PartOption = None,
     false_reject_rate: Annotated[float, typer.Option(min=0.0001, max=0.5, help="wanted, of good parts")] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="of the split")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
@@ -136,6 +137,7 @@ def import_foreign(
             geometry=Geometry(width, height, padded),
             preprocess=PreprocessSpec(width, height, roi=None if roi is None else area(roi)),
             held_out_share=held_out or (0.1 if found.statistics is None else 1.0),
+            part=part_pattern(part),
             false_reject_rate=false_reject_rate,
             seed=seed,
             overwrite=overwrite,

@@ -33,6 +33,8 @@ def _check_bundle(path: Path) -> Path:
 
 _LIMITS = PlausibleLimits()
 _DEFAULT_DEADLINE_MS = 5000.0
+_SLOTS, _SLOTS_FOR_CUDA = 4, 6
+"""One frame judged, its predecessor and two that wait; CUDA judges three at once."""
 
 
 class PlausibleConfig(Section):
@@ -113,8 +115,11 @@ class StationConfig(Addresses):
     on_overload: Literal["wait", "invalid"] | None = Field(
         default=None, description="when every slot is taken; None: invalid for live cameras, else wait"
     )
-    slots: int = Field(
-        default=4, ge=3, le=256, description="frames in the ring, the judged one and its predecessor included"
+    slots: int | None = Field(
+        default=None,
+        ge=3,
+        le=256,
+        description="frames in the ring, the judged one and its predecessor included; None: 4, or 6 on CUDA",
     )
     verdict: VerdictConfig = VerdictConfig()
     images: Annotated[ImagesConfig | Literal[False], BeforeValidator(on_as_default)] = ImagesConfig()
@@ -130,6 +135,10 @@ class StationConfig(Addresses):
     def deadline_ms(self, *, live: bool) -> float | None:
         """Return the time from trigger or grab to verdict; None where the camera waits for the engine."""
         return None if self.waits(live=live) else self.verdict.deadline_ms or _DEFAULT_DEADLINE_MS
+
+    def frame_slots(self, *, on_cuda: bool) -> int:
+        """Return how many frames the ring has room for."""
+        return self.slots or (_SLOTS_FOR_CUDA if on_cuda else _SLOTS)
 
     def make_engine(self, bundle: Bundle) -> EngineChoice:
         """Make the engine that this station is to judge with. Raises EngineUnavailable."""

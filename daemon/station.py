@@ -162,7 +162,9 @@ class Station:
         config = self._config
         self._bundle = read_bundle(config.model)
         self._ledger = Ledger(sequences, self.tally, self._deadline_ms)
-        self._ring = FrameRing(config.slots, frame_memory(config.device))
+        page_locked = frame_memory(config.device)
+        self._slots = config.frame_slots(on_cuda=page_locked is not None)
+        self._ring = FrameRing(self._slots, page_locked)
         self._line = Line(self._ledger, self._ring, self._engine_channel())
         self._journal = self._make_journal()
         self._archive = self._make_archive()
@@ -196,7 +198,7 @@ class Station:
         return self._config.waits(live=self._camera.live)
 
     def _engine_channel(self) -> Channel[Grabbed | Probe | Swap]:
-        return Channel(self._config.slots + _CONTROL_ITEMS)
+        return Channel(self._slots + _CONTROL_ITEMS)
 
     def _make_journal(self) -> Journal | None:
         settings, path = self._config.journal, self._config.journal_path()

@@ -452,6 +452,22 @@ def test_a_data_sets_own_validation_images_are_held_out(good_parts, tmp_path):
     assert len(good.train) == 11
 
 
+def test_parts_that_validation_images_show_are_not_learnt_from(good_parts, tmp_path):
+    photographed_thrice(good_parts, tmp_path / "parts")
+    for side, names in {"train/good": "part[2-9]_*.png", "validation/good": "part[01]_*.png"}.items():
+        (tmp_path / "set" / side).mkdir(parents=True)
+        for path in (tmp_path / "parts").glob(names):
+            shutil.copy(path, tmp_path / "set" / side)
+    shutil.move(tmp_path / "set/validation/good/part0_lamp0.png", tmp_path / "set/train/good")
+    good = load_good_images(tmp_path / "set", 0.5, 0, part=re.compile(r"part(\d+)_"))
+    assert sorted(re.findall(r"part\d+", " ".join(f.name for f in good.held_out))) == ["part0", "part1"]
+    assert all(f.name.startswith("validation/good/") for f in good.held_out)
+    assert not [f.name for f in good.train if "part0" in f.name or "part1" in f.name]
+    assert (len(good.train), good.left_out) == (24, 4), "one photograph of each counts, the one in train/ never"
+    with pytest.raises(DatasetError, match="no image to learn from: validation images show every part"):
+        load_good_images(tmp_path / "set", 0.5, 0, part=re.compile(r"lamp(\d)"))
+
+
 def test_mixed_sizes_and_few_images_are_said(options, good_parts, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()

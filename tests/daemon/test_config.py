@@ -42,7 +42,9 @@ def test_a_good_configuration_with_its_defaults(good, tmp_path):
     assert config.journal_path() == config.state_folder() / "journal.sqlite"
     assert config.control_endpoints() == [f"ipc://{config.state_folder() / 'control.sock'}"]
     assert config.replay_endpoints() == [f"ipc://{config.state_folder() / 'replay.sock'}"]
-    assert (config.device, config.slots, config.on_overload, config.threshold) == ("auto", 4, None, None)
+    assert (config.device, config.slots, config.on_overload, config.threshold) == ("auto", None, None, None)
+    assert [config.frame_slots(on_cuda=on_cuda) for on_cuda in (False, True)] == [4, 6], "CUDA judges three at once"
+    assert config.model_copy(update={"slots": 5}).frame_slots(on_cuda=True) == 5
 
 
 def test_the_network_is_closed_without_keys_unless_told_otherwise(good, tmp_path):
