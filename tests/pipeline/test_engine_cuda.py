@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -15,9 +16,23 @@ from pipeline.folded_networks import FoldedEfficientAD
 from pipeline.geometry import Geometry
 from pipeline.networks import weights_of
 from pipeline.preprocess import Preprocessor, PreprocessSpec
+from tests.pipeline.fake_cuda import CaptureBroken, Race
 from tests.pipeline.test_networks import seeded_model
 
 GEOMETRIES = [Geometry(), Geometry(padded=True), Geometry(320, 384, tile_rows=2, tile_columns=2)]
+SMALL = [Geometry(64, 64), Geometry(64, 64, padded=True), Geometry(96, 128, tile_rows=2, tile_columns=2)]
+
+
+ON_A_GPU = [pytest.param(precision, marks=pytest.mark.gpu) for precision in ("fp32", "fp16")]
+
+
+@pytest.fixture(params=["not there", *ON_A_GPU])
+def trial(request):
+    """A geometry and a precision to try on a GPU, and small ones for a device that is not there."""
+    if request.param != "not there":
+        return Geometry(), request.param
+    request.getfixturevalue("fake_cuda")
+    return SMALL[0], "fp32"
 
 
 def model_and_engine(precision="fp32", size="small", geometry=None, seed=0, *, expects=False):
@@ -43,6 +58,21 @@ def check_maps(found, wanted, precision):
         else:  # what a hundredth of the quantiles' distance is
             low, high = np.quantile(theirs, (0.9, 0.995))
             assert np.abs(ours - theirs).max() < 1e-2 * (high - low) + 1e-2 * np.abs(theirs).max()
+
+
+def check_frames_at_once(networks, preprocess, cuda, precision, rng, count=7):
+    frames = [rng.integers(0, 256, (300, 400)).astype(np.uint8) for _ in range(7)]
+    frames = [frames[index % 7] for index in range(count)]
+    wanted = {id(frame): maps_on_cpu(networks, preprocess(frame, PixelFormat.BAYER_RG8)) for frame in frames}
+    waiting = []
+    for frame in [*frames, *[None] * cuda.at_once]:
+        if frame is None or len(waiting) == cuda.at_once:
+            begun, finish = waiting.pop(0)
+            found = finish()
+            check_maps((found.student_teacher, found.autoencoder), wanted[id(begun)], precision)
+        if frame is not None:
+            waiting.append((frame, cuda.begin(frame, PixelFormat.BAYER_RG8)))
+    assert waiting == []
 
 
 def test_a_strong_anomaly_fits_into_the_maps_of_float16(rng):
@@ -98,30 +128,41 @@ def test_frames_are_taken_from_page_locked_memory_and_from_any_other(device, rng
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_frames_at_once_keep_their_own_maps(precision, rng):
-    networks, preprocess, cuda = model_and_engine(precision)
-    frames = [rng.integers(0, 256, (300, 400)).astype(np.uint8) for _ in range(7)]
-    frames = [frames[index % 7] for index in range(50)]
-    wanted = {id(frame): maps_on_cpu(networks, preprocess(frame, PixelFormat.MONO8)) for frame in frames}
-    waiting = []
-    for frame in [*frames, *[None] * cuda.at_once]:
-        if frame is None or len(waiting) == cuda.at_once:
-            begun, finish = waiting.pop(0)
-            found = finish()
-            check_maps((found.student_teacher, found.autoencoder), wanted[id(begun)], precision)
-        if frame is not None:
-            waiting.append((frame, cuda.begin(frame, PixelFormat.MONO8)))
-    assert waiting == []
+    check_frames_at_once(*model_and_engine(precision), precision, rng, 50)
 
 
-@pytest.mark.gpu
-def test_engines_of_two_bundles_keep_their_own_maps(rng):
-    both = [model_and_engine(seed=seed) for seed in (0, 1)]
+@pytest.mark.parametrize(("geometry", "expects"), [*zip(SMALL, (True, False, True), strict=True)], ids=str)
+def test_on_a_device_that_is_not_there_frames_at_once_keep_their_own_maps(geometry, expects, rng, fake_cuda):
+    check_frames_at_once(*model_and_engine(geometry=geometry, expects=expects), "fp32", rng)
+
+
+def test_a_device_that_is_not_there_notices_each_wait_that_is_left_out(rng, fake_cuda):
+    def use():
+        _, preprocess, cuda = model_and_engine(geometry=SMALL[0])
+        for _ in range(2):
+            frames = [rng.integers(0, 256, (300, 400)).astype(np.uint8) for _ in range(cuda.at_once)]
+            for finish in [cuda.begin(frame, PixelFormat.BAYER_RG8) for frame in frames]:
+                finish()
+        cuda.infer(preprocess(frames[0], PixelFormat.BAYER_RG8))
+
+    use()
+    waits = sorted(fake_cuda.waits)
+    assert len(waits) == 9, waits
+    for wait in waits:
+        fake_cuda.left_out = wait
+        with pytest.raises((Race, CaptureBroken)):
+            use()
+
+
+def test_engines_of_two_bundles_keep_their_own_maps(rng, trial):
+    geometry, precision = trial
+    both = [model_and_engine(precision, geometry=geometry, seed=seed) for seed in (0, 1)]
     for _ in range(3):
         image = rng.integers(0, 256, (256, 256)).astype(np.uint8)
         for networks, preprocess, cuda in both:
             found = cuda.begin(image, PixelFormat.MONO8)()
             wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
-            check_maps((found.student_teacher, found.autoencoder), wanted, "fp32")
+            check_maps((found.student_teacher, found.autoencoder), wanted, precision)
     del both[0]
     (networks, preprocess, cuda) = both[0]
     image = rng.integers(0, 256, (256, 256)).astype(np.uint8)
@@ -129,19 +170,17 @@ def test_engines_of_two_bundles_keep_their_own_maps(rng):
     check_maps(
         (found.student_teacher, found.autoencoder),
         maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8)),
-        "fp32",
+        precision,
     )
 
 
-@pytest.mark.gpu
-def test_an_engine_is_captured_while_another_one_judges(rng):
-    import threading
-
-    networks, preprocess, cuda = model_and_engine()
+def test_an_engine_is_captured_while_another_one_judges(rng, trial):
+    geometry, precision = trial
+    networks, preprocess, cuda = model_and_engine(geometry=geometry)
     image = rng.integers(0, 256, (256, 256)).astype(np.uint8)
     wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
     made = []
-    other = threading.Thread(target=lambda: made.append(model_and_engine("fp16", seed=1)))
+    other = threading.Thread(target=lambda: made.append(model_and_engine(precision, geometry=geometry, seed=1)))
     other.start()
     judged = 0
     while other.is_alive() or not judged:
@@ -152,7 +191,7 @@ def test_an_engine_is_captured_while_another_one_judges(rng):
     ((networks, preprocess, cuda),) = made
     found = cuda.begin(image, PixelFormat.MONO8)()
     wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
-    check_maps((found.student_teacher, found.autoencoder), wanted, "fp16")
+    check_maps((found.student_teacher, found.autoencoder), wanted, precision)
 
 
 _BROKEN = """

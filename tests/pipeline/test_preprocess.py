@@ -1,16 +1,11 @@
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 
 from drivers.bayer import mosaic
 from drivers.frame import PixelFormat
 from pipeline.preprocess import FormatMismatch, Preprocessor, PreprocessSpec, check_correction, flat_field_gain
-from pipeline.preprocess_cuda import kernel_arguments, kernel_source
 from pipeline.scoring import FrameArea
 from tests.pipeline import reference
 
@@ -141,77 +136,11 @@ def test_frames_that_do_not_fit_are_refused(rng):
         Preprocessor(spec)(image, PixelFormat.MONO8)
 
 
-# The kernel's own source, compiled for the host: the CUDA numbers are checked on every machine.
-
-HOST = """
-#include <algorithm>
-#include <cmath>
-using std::min; using std::max;
-#define __device__
-#define __global__
-static struct { int x, y; } blockIdx, threadIdx;
-static const struct { int x, y; } blockDim = {1, 1};
-%s
-extern "C" void run(
-    const sample_t* raw, const float* dark, const float* gain, const unsigned char* ignored,
-    int width, int height, int kind, int colours, int is_bgr, float max_value, float ignored_value,
-    const int* sy, const float* wy, int ty, const int* sx, const float* wx, int tx,
-    const float* scale, const float* offset, float* out, int ow, int oh) {
-    for (blockIdx.y = 0; blockIdx.y < oh; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < ow; ++blockIdx.x)
-            preprocess(raw, dark, gain, ignored, width, height, kind, colours, is_bgr, max_value,
-                       ignored_value, sy, wy, ty, sx, wx, tx, scale, offset, out, ow, oh);
-}
-"""
-
-
-@pytest.fixture(scope="session")
-def host_kernels(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the CUDA kernel's source for the host")
-    folder = tmp_path_factory.mktemp("kernel")
-    kernels = {}
-    for bits in (8, 16):
-        library = folder / f"k{bits}.so"
-        (folder / "host.cpp").write_text(HOST % kernel_source(bits))
-        subprocess.run(
-            [compiler, "-O1", "-ffp-contract=off", "-shared", "-fPIC",
-             str(folder / "host.cpp"), "-o", str(library)],
-            check=True,
-        )  # fmt: skip
-        kernels[bits] = ctypes.CDLL(str(library)).run
-    return kernels
-
-
-def run_on_host(kernels, spec, image, fmt):
-    values = kernel_arguments(spec, fmt, image.shape[1], image.shape[0])
-    area = spec.area(image.shape[1], image.shape[0])
-    raw = np.ascontiguousarray(image[area.y : area.y + area.height, area.x : area.x + area.width])
-    out = np.empty((3, spec.height, spec.width), np.float32)
-    arguments = []
-    for value in (raw, *values.values(), out, spec.width, spec.height):
-        if value is None:
-            arguments.append(ctypes.c_void_p(None))
-        elif isinstance(value, np.ndarray):
-            arguments.append(value.ctypes.data_as(ctypes.c_void_p))
-        else:
-            arguments.append(ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value))
-    kernels[8 if fmt.bits == 8 else 16](*arguments)
-    return out
-
-
+@pytest.mark.parametrize("there", [False, pytest.param(True, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("fmt", list(PixelFormat))
-def test_kernel_source_gives_the_cpu_paths_numbers(fmt, rng, host_kernels):
-    image = random_image(fmt, rng)
-    for spec in (PreprocessSpec(32, 24), PreprocessSpec(96, 32), spec_with_everything(rng)):
-        on_cpu = Preprocessor(spec)(image, fmt)
-        assert np.abs(run_on_host(host_kernels, spec, image, fmt) - on_cpu).max() < TOLERANCE
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("fmt", list(PixelFormat))
-def test_cuda_gives_the_cpu_paths_numbers(fmt, rng):
+def test_cuda_gives_the_cpu_paths_numbers(fmt, there, rng, request):
+    if not there:  # the kernel's own source, compiled for the host: its numbers are checked on every machine
+        request.getfixturevalue("fake_cuda")
     import cupy
 
     from pipeline.preprocess_cuda import CudaPreprocessor

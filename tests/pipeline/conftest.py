@@ -1,0 +1,3 @@
+from tests.pipeline.fake_cuda import fake_cuda, host_kernels
+
+__all__ = ["fake_cuda", "host_kernels"]
