@@ -273,7 +273,7 @@ class Stream:
         if graph is not None:
             if other.captured_by is graph and line != self.device.left_out:
                 self.captured_by = graph
-            graph.steps.append(lambda: self.device.wait(line, self.knows, other.knows))
+            graph.steps.append(lambda as_: self.device.wait(line, as_(self).knows, as_(other).knows))
         self.device.wait(line, self.knows, other.knows)
 
 
@@ -301,9 +301,10 @@ class Graph:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self.steps: list[Callable[[], None]] = []
+        self.steps: list[Callable[[Callable[[Stream], Stream]], None]] = []
         self.streams: list[Stream] = []
         """The one that it is captured on, and those beside it."""
+        self._replayed_on: dict[Stream, Stream] = {}
 
     @contextlib.contextmanager
     def capture(self, stream: Stream, capture_error_mode: str) -> Iterator[None]:
@@ -321,6 +322,8 @@ class Graph:
             device.graph = None
             for other in self.streams:
                 other.captured_by = None
+        # The streams beside it are its own from now on, whatever others do on those that it was captured on.
+        self._replayed_on = {other: other if other is stream else Stream(device) for other in self.streams}
 
     def took(self, stream: Stream) -> None:
         """Learn of a stream that takes part. Raises CaptureBroken."""
@@ -334,7 +337,7 @@ class Graph:
         assert self._device.current is self.streams[0], "as it was captured, which other streams might not wait for"
         with torch.inference_mode():
             for step in self.steps:
-                step()
+                step(self._replayed_on.__getitem__)
 
 
 class _Recorder(TorchDispatchMode):
@@ -367,7 +370,7 @@ class _Recorder(TorchDispatchMode):
         stream = None if on_host else device.current
         if stream is not None and (graph := device.graph) is not None:
             graph.took(stream)
-            graph.steps.append(lambda: _again(func, args, kwargs, found, device, stream))
+            graph.steps.append(lambda as_: _again(func, args, kwargs, found, device, as_(stream)))
             reads, writes = [], []  # that comes when it is replayed
         device.do(stream, str(func), reads, writes)
         return found
