@@ -27,7 +27,7 @@ from calibrate.checkpoint import (
 )
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages, load_good_images
 from calibrate.device import device_of, resolve_precision
-from calibrate.layouts import ImageFile, refuse_among_images
+from calibrate.layouts import DatasetError, ImageFile, refuse_among_images
 from calibrate.listener import Listener, TrainingError, TrainingStopped
 from calibrate.normalize import NOT_RELATIVE, LevelRanges, choose_threshold, level_ranges, map_quantiles, score_maps
 from calibrate.options import TrainOptions
@@ -418,7 +418,10 @@ _LOSS_NAMES = ("hard", "penalty", "autoencoder", "student_autoencoder")
 
 @torch.inference_mode()
 def _look(trainer: Trainer, held_out: PreparedImages, scorer: Scorer, *, relative_map: bool) -> str:
-    """Say how the scores of a few held-out images are spread, by quantiles of their own maps."""
+    """Say how the scores of a few held-out images are spread, by quantiles of their own maps.
+
+    Networks that have learnt next to nothing may give flat maps, which is no reason to stop.
+    """
     trainer.model.eval()
     maps = []
     for prepared in (held_out[i] for i in range(min(len(held_out), _LOOKED_AT))):
@@ -427,8 +430,11 @@ def _look(trainer: Trainer, held_out: PreparedImages, scorer: Scorer, *, relativ
     trainer.model.train()
     options = trainer.options
     autoencoder = options.losses.autoencoder
-    ranges = level_ranges(maps, scorer, autoencoder=autoencoder) if relative_map else NOT_RELATIVE
-    quantiles = map_quantiles(maps, scorer, options.quantile_levels, autoencoder=autoencoder, ranges=ranges)
+    try:
+        ranges = level_ranges(maps, scorer, autoencoder=autoencoder) if relative_map else NOT_RELATIVE
+        quantiles = map_quantiles(maps, scorer, options.quantile_levels, autoencoder=autoencoder, ranges=ranges)
+    except DatasetError as error:
+        return f"no scores yet: {error}"
     scores = np.sort(score_maps(maps, scorer, quantiles))
     counts, _ = np.histogram(scores, bins=16)
     bars = "".join(_BARS[min(len(_BARS) - 1, int(np.ceil(c * (len(_BARS) - 1) / counts.max())))] for c in counts)

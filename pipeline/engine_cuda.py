@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,10 +28,15 @@ from pipeline.preprocess_cuda import CudaPreprocessor
 from pipeline.scoring import FloatMap
 
 _RUNS_BEFORE_CAPTURE = 3
-"""cuDNN chooses its algorithms, and the allocator gets its memory, outside the capture."""
+"""cuDNN chooses its algorithms outside the capture."""
 _CAPTURING = ThreadPoolExecutor(1, "capture")
 """One capture at a time, and all on one thread that stays: cuDNN keeps what it chose and built for as long as the
 thread lives that asked for it."""
+_CAPTURED_WITHIN_S = 120.0
+"""For the capture of one graph; what takes longer hangs, and a reload must not wait for it for ever."""
+_FREE: list[torch.cuda.Stream] = []
+"""Lanes' streams that no engine has any more. torch hands 32 streams out in turns: with new ones for each engine,
+one of them would soon be that of an engine that judges."""
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -90,13 +96,14 @@ class _Lane:
         g = geometry
         self._given = torch.zeros(1, 3, g.image_height, g.image_width, pin_memory=True)
         self._maps = torch.zeros(2, g.map_height, g.map_width, pin_memory=True)
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = _FREE.pop() if _FREE else torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        weakref.finalize(self, _FREE.append, self._stream)
         self._borrowed = cupy.cuda.ExternalStream(self._stream.cuda_stream)
         self._arrived = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._prepared = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         # What was filled on the default stream is there before our own streams, which do not wait by themselves.
         torch.cuda.current_stream().synchronize()
-        self._graph = _CAPTURING.submit(self._capture).result()
+        self._graph = _CAPTURING.submit(self._capture).result(_CAPTURED_WITHIN_S)
 
     def run(self) -> None:
         """Run once on what lies in the input."""
@@ -200,8 +207,8 @@ def _no_collection() -> Iterator[None]:
 def _side_streams(lane: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     """Return the streams beside a lane's own; only a capture needs them, so all engines share them.
 
-    torch hands 32 streams of each priority out in turns: new ones for each engine would soon be the same again,
-    and of a lane's own priority that of one that judges. Libraries keep workspaces for each stream, which a graph
-    remembers: lanes run at once, so each was captured beside streams of its own.
+    Libraries keep workspaces for each stream, which a graph remembers: lanes run at once, so each was captured
+    beside streams of its own. A graph remembers priorities, too: all have the same, so that no frame's teacher
+    comes before the student of the frame before it.
     """
-    return torch.cuda.Stream(priority=-1), torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]

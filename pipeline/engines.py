@@ -96,8 +96,13 @@ def _engine(
 ) -> CalibratedEngine:
     if on_cuda:
         from pipeline.engine_cuda import CudaEngine
+        from pipeline.preprocess_cuda import KernelNotCompiled
 
-        return CudaEngine(model, precision)
+        try:
+            return CudaEngine(model, precision)
+        except KernelNotCompiled as error:
+            needs = "CuPy needs NVRTC and CUDA's headers (pip install 'cupy-cuda13x[ctk]'), or set device: cpu"
+            raise EngineUnavailable(f"{error}. {needs}") from error
     engine: CalibratedEngine = _cpu().CpuEngine(model, threads, precision, pin_threads=pin_threads)
     return engine
 

@@ -152,6 +152,10 @@ def kernel_arguments(spec: PreprocessSpec, fmt: PixelFormat, frame_width: int, f
     }
 
 
+class KernelNotCompiled(Exception):
+    """CuPy finds no compiler, or not what that needs."""
+
+
 class CudaPreprocessor:
     """Run the kernel on the current CuPy stream, into buffers that are allocated once."""
 
@@ -161,6 +165,8 @@ class CudaPreprocessor:
         Args:
             spec: what the bundle says.
             outs: a CuPy array for each lane, (3, height, width) float32, contiguous.
+
+        Raises KernelNotCompiled.
         """
         import cupy
 
@@ -171,8 +177,11 @@ class CudaPreprocessor:
         self._kernels = {
             bits: cupy.RawKernel(kernel_source(bits), "preprocess", options=("--fmad=false",)) for bits in (8, 16)
         }
-        for kernel in self._kernels.values():
-            kernel.compile()
+        try:
+            for kernel in self._kernels.values():
+                kernel.compile()
+        except Exception as error:
+            raise KernelNotCompiled(f"the preprocessing kernel cannot be compiled: {error}") from error
         self._prepared: dict[tuple[PixelFormat, tuple[int, ...]], tuple[Any, list[Any], list[Any]]] = {}
 
     def __call__(self, image: Image, fmt: PixelFormat, lane: int = 0) -> None:

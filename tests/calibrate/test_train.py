@@ -72,6 +72,25 @@ def test_the_same_seed_gives_the_same_bundle_and_another_seed_another(options, t
     assert not same_weights(first, train(replace(options, out=tmp_path / "other", seed=1)))
 
 
+@pytest.mark.parametrize(
+    ("relative", "value", "why"),
+    [
+        (False, 1.0, "the student-teacher map is flat: its quantiles are 1 and 1"),
+        (True, 0.0, "divided by their levels"),
+    ],
+)
+def test_a_look_at_networks_that_have_learnt_nothing_does_not_end_the_training(
+    options, monkeypatch, relative, value, why
+):
+    flat = np.full((8, 8), value, np.float32)
+    monkeypatch.setattr(Trainer, "maps", lambda _trainer, _image: (flat, flat))
+    notes = Notes()
+    train(replace(options, relative_map=relative), notes)
+    looks = [said for said in notes.said if said.startswith("step ")]
+    assert len(looks) == 4
+    assert all("no scores yet" in said and why in said for said in looks), looks
+
+
 def test_stopped_and_resumed_is_the_same_as_never_stopped(options, tmp_path):
     whole = train(replace(options, out=tmp_path / "whole"))
     with pytest.raises(TrainingStopped, match="stopped at step 3 of 5"):

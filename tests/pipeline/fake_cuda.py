@@ -129,6 +129,7 @@ class Device:
         """Lines of code that wait for something."""
         self.left_out: str | None = None
         """Which of them does not."""
+        self.compiler_fails = False
         self.changing = threading.RLock()
         self._streams = 0
         self._threads = threading.local()
@@ -255,8 +256,8 @@ def _line() -> str:
 class Stream:
     """A torch.cuda.Stream."""
 
-    def __init__(self, device: Device, priority: int = 0) -> None:
-        self.device, self.priority = device, priority
+    def __init__(self, device: Device) -> None:
+        self.device = device
         self.number = self.cuda_stream = self.ptr = device.number()
         self.knows: dict[int, int] = {}
         self.captured_by: Graph | None = None
@@ -466,6 +467,8 @@ def _fake_cupy(device: Device) -> types.ModuleType:
 
         def compile(self) -> None:
             """It is."""
+            if device.compiler_fails:
+                raise RuntimeError("Failed to find CUDA headers")
 
         def __call__(self, grid: tuple[int, int], block: tuple[int, int], arguments: tuple[object, ...]) -> None:
             arrays = [a for a in arguments if isinstance(a, Array)]
@@ -533,7 +536,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, host_kernels: dict[str, Callable[
 
     fake = device
     cuda = {
-        "Stream": lambda priority=0: Stream(device, priority),
+        "Stream": lambda: Stream(device),
         "Event": lambda enable_timing: Event(device),
         "CUDAGraph": lambda: Graph(device),
         "graph": lambda graph, stream, capture_error_mode: graph.capture(stream, capture_error_mode),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import torch
 
 from drivers.frame import PixelFormat
 from pipeline.bundle import Model
-from pipeline.engines import frame_memory
+from pipeline.engines import EngineUnavailable, frame_memory, make_float_engine
 from pipeline.folded import fold
 from pipeline.folded_networks import FoldedEfficientAD
 from pipeline.geometry import Geometry
@@ -192,6 +193,27 @@ def test_an_engine_is_captured_while_another_one_judges(rng, trial):
     found = cuda.begin(image, PixelFormat.MONO8)()
     wanted = maps_on_cpu(networks, preprocess(image, PixelFormat.MONO8))
     check_maps((found.student_teacher, found.autoencoder), wanted, precision)
+
+
+def test_engines_one_after_the_other_share_streams_and_two_at_once_do_not(fake_cuda):
+    _, _, first = model_and_engine(geometry=SMALL[0])
+    used = []
+    for _ in range(2):
+        _, _, refused = model_and_engine(geometry=SMALL[0])
+        used.append({lane._stream for lane in refused._lanes})
+        del refused
+        gc.collect()
+    assert used[0] == used[1]
+    assert used[0].isdisjoint(lane._stream for lane in first._lanes)
+
+
+def test_a_kernel_that_cannot_be_compiled_says_what_is_missing(fake_cuda, monkeypatch):
+    monkeypatch.setattr("pipeline.engines.resolve_device", lambda _wanted: (True, "configured"))
+    fake_cuda.compiler_fails = True
+    networks = seeded_model(geometry=SMALL[0])
+    model = Model("small", SMALL[0], PreprocessSpec(64, 64), weights_of(networks))
+    with pytest.raises(EngineUnavailable, match=r"cannot be compiled: Failed to find CUDA headers\. CuPy needs"):
+        make_float_engine(model, "cuda")
 
 
 _BROKEN = """
