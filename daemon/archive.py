@@ -273,7 +273,11 @@ class Archive:
         """Look what a folder keeps. Raises OSError where it is another station's, or cannot be read."""
         owner = self._check_owner(folder)
         groups: dict[Path, list[Path]] = {}
-        for path in sorted(folder.glob("*/*")):
+        try:
+            days = [day for day in folder.iterdir() if day.is_dir()]  # glob hides a disk's errors since Python 3.13
+        except FileNotFoundError:
+            days = []
+        for path in sorted(path for day in days for path in day.iterdir()):
             if _OURS.fullmatch(f"{path.parent.name}/{path.name}"):  # whatever else lies there is not ours
                 groups.setdefault(path.with_suffix(""), []).append(path)
         found = [(paths, sum(path.stat().st_size for path in paths)) for paths in groups.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,9 +21,11 @@ from pipeline.plausible import PlausibleLimits
 
 def _check_bundle(path: Path) -> Path:
     try:
-        found = (path / MANIFEST).is_file()
+        found = stat.S_ISREG((path / MANIFEST).stat().st_mode)  # since Python 3.14 is_file hides a disk's errors
+    except (FileNotFoundError, NotADirectoryError):
+        found = False
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
+        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP):
             return path  # a disk that is not well is no mistake in the file: reading the bundle says it
         raise ValueError(f"{path}: {error.strerror}") from error
     if not found:

@@ -343,7 +343,10 @@ class Journal:
             self._events.say(EventKind.JOURNAL, said, level="error", error=str(error))
 
     def _log_bytes(self) -> int:
-        return self._log.stat().st_size if self._log.exists() else 0
+        try:
+            return self._log.stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def _checkpoint(self) -> None:
         with contextlib.closing(sqlite3.connect(self.path, timeout=0.2, isolation_level=None)) as connection:

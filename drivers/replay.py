@@ -58,6 +58,17 @@ def _is_hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
+def _files_below(root: Path) -> Iterator[Path]:
+    """Find all files that may be read; since Python 3.13 rglob leaves out what a disk does not give, too."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, PermissionError):  # such as lost+found
+            raise error
+
+    for folder, _, files in os.walk(root, onerror=fail):
+        yield from (Path(folder, name) for name in files)
+
+
 def list_images(path: str | Path) -> list[tuple[str, Path]]:
     """List image files in natural order (img2 before img10).
 
@@ -66,12 +77,14 @@ def list_images(path: str | Path) -> list[tuple[str, Path]]:
 
     Returns:
         Pairs of the name relative to the folder (POSIX style) and the path.
+
+    Raises OSError where a folder cannot be read.
     """
     root = Path(path)
     if root.is_dir():
         found = [
             (readable(file.relative_to(root).as_posix()), file)
-            for file in root.rglob("*")
+            for file in _files_below(root)
             if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file, root) and file.is_file()
         ]
     elif root.is_file():

@@ -233,11 +233,11 @@ def test_images_on_a_disk_that_is_ill_at_the_start_are_counted_when_it_is_well(s
     make, judge, folder = setup
     with_three_rejects(make, judge)
 
-    def refuse(path, _pattern):
+    def refuse(path):
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "glob", refuse)
+        patch.setattr(Path, "iterdir", refuse)
         second = make()
         wait_for(lambda: second.error is not None)
     assert second.dropped == 0

@@ -195,6 +195,23 @@ def test_a_disk_that_may_be_well_again_is_worth_another_start(good, tmp_path, mo
     assert ending.value.exit_code == code
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_does_not_say_whether_there_is_a_bundle_is_no_mistake_in_the_file(
+    good, tmp_path, monkeypatch, number
+):
+    path = tmp_path / "station.yaml"
+    path.write_text(yaml.safe_dump(good))
+    look = os.stat
+
+    def ill(what, *arguments, **options):
+        if str(what).endswith("bundle.json"):
+            raise OSError(number, os.strerror(number), str(what))
+        return look(what, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", ill)  # what Path.stat goes through, and is_file as well
+    assert str(load_config(path).model) == good["model"], "reading it says what is wrong"
+
+
 def test_a_file_that_is_only_searched_for_addresses_may_hold_anything_else(good, tmp_path):
     path = tmp_path / "station.yaml"
     path.write_text(yaml.safe_dump(good) + "on: 5\n1: yes\n")

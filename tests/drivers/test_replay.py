@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from daemon.images import Picture, write_picture
 from drivers.camera import CameraError, EndOfStream
 from drivers.frame import FrameStatus, PixelFormat
-from drivers.replay import ReplayCamera, ReplayOptions
+from drivers.replay import ReplayCamera, ReplayOptions, list_images
 
 
 def play(path, **options):
@@ -39,6 +41,22 @@ def folder(tmp_path):
 
 def test_folders_are_played_recursively_in_natural_order(folder):
     assert [f.source for f in play(folder)] == ["img1.jpg", "img2.png", "img10.png", "sub/img1.png"]
+
+
+def test_a_folder_that_the_disk_does_not_give_is_an_error_and_not_left_out(folder, monkeypatch):
+    (folder / "below").mkdir()
+    scan, number, all_images = os.scandir, errno.ESTALE, list_images(folder)
+
+    def ill(path):
+        if Path(path).name == "below":
+            raise OSError(number, os.strerror(number), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", ill)
+    with pytest.raises(OSError, match="Stale file handle"):
+        list_images(folder)
+    number = errno.EACCES
+    assert list_images(folder) == all_images, "what may not be read is nobody's image"
 
 
 def test_globs_and_single_files(folder):
