@@ -68,8 +68,8 @@ def load_good_images(
             that no other file shows.
 
     Raises:
-        DatasetError: no folder, fewer than two usable images or parts, more than 5% unreadable files, a readable
-            image that does not fit, or names in which no part is found.
+        DatasetError: no folder, fewer than two usable images or parts, none beside the validation images, more
+            than 5% unreadable files, a readable image that does not fit, or names in which no part is found.
     """
     found = training_files(dataset)
     corrupt: list[tuple[str, str]] = []
@@ -114,7 +114,8 @@ def load_good_images(
     if validation:
         chosen = {i for i, digests in enumerate(parts) if not validation.keys().isdisjoint(digests)}
         if len(chosen) == len(parts):
-            raise DatasetError(f"{dataset.absolute()}: no image to learn from: validation images show every part")
+            same = "are all the images there are" if part is None else "show every part"
+            raise DatasetError(f"{dataset.absolute()}: no image to learn from: the validation images {same}")
     else:
         take = min(len(parts) - 1, max(1, round(held_out_share * len(parts))))
         chosen = set(rng.permutation(len(parts))[:take].tolist())

@@ -21,6 +21,7 @@ from daemon.events import EventKind, Events
 from daemon.images import ImageFormat, Picture, encode_image, write_picture
 from daemon.ledger import Entry, Ledger
 from drivers.frame import Image, PixelFormat
+from drivers.paths import files_below
 from pipeline.bundle import write_atomically
 from pipeline.inspection import Inspection, Outcome
 from pipeline.overlay import overlay_of
@@ -273,11 +274,7 @@ class Archive:
         """Look what a folder keeps. Raises OSError where it is another station's, or cannot be read."""
         owner = self._check_owner(folder)
         groups: dict[Path, list[Path]] = {}
-        try:
-            days = [day for day in folder.iterdir() if day.is_dir()]  # glob hides a disk's errors since Python 3.13
-        except FileNotFoundError:
-            days = []
-        for path in sorted(path for day in days for path in day.iterdir()):
+        for path in sorted(files_below(folder)):
             if _OURS.fullmatch(f"{path.parent.name}/{path.name}"):  # whatever else lies there is not ours
                 groups.setdefault(path.with_suffix(""), []).append(path)
         found = [(paths, sum(path.stat().st_size for path in paths)) for paths in groups.values()]

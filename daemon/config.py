@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_v
 from daemon.addresses import Addresses, Section, load, on_as_default
 from daemon.yaml_errors import ConfigError
 from drivers.catalog import CameraOptions
+from drivers.paths import is_file
 from pipeline.bundle import MANIFEST, Bundle
 from pipeline.engines import DeviceChoice, EngineChoice, PrecisionChoice, make_engine
 from pipeline.inspection import Outcome
@@ -21,9 +21,7 @@ from pipeline.plausible import PlausibleLimits
 
 def _check_bundle(path: Path) -> Path:
     try:
-        found = stat.S_ISREG((path / MANIFEST).stat().st_mode)  # since Python 3.14 is_file hides a disk's errors
-    except (FileNotFoundError, NotADirectoryError):
-        found = False
+        found = is_file(path / MANIFEST)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP):
             return path  # a disk that is not well is no mistake in the file: reading the bundle says it

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.images import read_picture
+from drivers.paths import files_below
 from pipeline.bundle import read_bundle
 from pipeline.engines import DeviceChoice, PrecisionChoice, make_engine
 from pipeline.inspect import Inspector
@@ -36,7 +37,7 @@ def judge_again(
     folder: Path, model: Path, threshold: float | None, device: DeviceChoice, precision: PrecisionChoice
 ) -> Iterator[Judgement | Unreadable]:
     """Judge every kept image below a folder. Raises BundleError, EngineUnavailable or FileNotFoundError."""
-    descriptions = sorted(folder.rglob("*.json"))
+    descriptions = sorted(file for file in files_below(folder) if file.suffix == ".json")
     if not descriptions:
         raise FileNotFoundError(f"{folder.absolute()}: no kept images there")
     bundle = read_bundle(model)

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from drivers.camera import NEW_IMAGES, CameraError, CameraInfo, EndOfStream, Fires, Options
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
+from drivers.paths import files_below, is_file, is_folder
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 IMAGE_SCHEMA = "inspectord.image/1"
@@ -43,7 +44,7 @@ class ReplayOptions(Options):
     @classmethod
     def _path_exists(cls, path: str) -> str:
         try:
-            found = Path(path).exists() or glob.glob(path, recursive=True)
+            found = is_file(Path(path)) or is_folder(Path(path)) or glob.glob(path, recursive=True)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
                 return path  # a disk that is not well is no mistake in the file: opening the folder says it
@@ -58,17 +59,6 @@ def _is_hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Find all files that may be read; since Python 3.13 rglob leaves out what a disk does not give, too."""
-
-    def fail(error: OSError) -> None:
-        if not isinstance(error, PermissionError):  # such as lost+found
-            raise error
-
-    for folder, _, files in os.walk(root, onerror=fail):
-        yield from (Path(folder, name) for name in files)
-
-
 def list_images(path: str | Path) -> list[tuple[str, Path]]:
     """List image files in natural order (img2 before img10).
 
@@ -81,19 +71,19 @@ def list_images(path: str | Path) -> list[tuple[str, Path]]:
     Raises OSError where a folder cannot be read.
     """
     root = Path(path)
-    if root.is_dir():
+    if is_folder(root):
         found = [
             (readable(file.relative_to(root).as_posix()), file)
-            for file in _files_below(root)
-            if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file, root) and file.is_file()
+            for file in files_below(root)
+            if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file, root) and is_file(file)
         ]
-    elif root.is_file():
+    elif is_file(root):
         found = [(readable(root.name), root)]
     else:
         found = [
             (readable(match), Path(match))
             for match in glob.glob(str(path), recursive=True)
-            if Path(match).suffix.lower() in IMAGE_SUFFIXES and Path(match).is_file()
+            if Path(match).suffix.lower() in IMAGE_SUFFIXES and is_file(Path(match))
         ]
     return natsorted(found, key=lambda pair: pair[0], alg=ns.PATH)
 
@@ -141,7 +131,7 @@ def described_format(path: Path) -> PixelFormat | None:
     The file's own type cannot tell a Bayer pattern from grey, or 12 bits from 16. Raises OSError or ValueError.
     """
     description = path.with_suffix(".json")
-    if not description.is_file():
+    if not is_file(description):
         return None
     text = description.read_bytes()
     if IMAGE_SCHEMA.encode() not in text:
@@ -182,7 +172,7 @@ class ReplayCamera:
     def open(self) -> CameraInfo:
         """List the files; a reopened replay goes on where it was."""
         path = Path(self._options.path)
-        if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+        if path.suffix.lower() in VIDEO_SUFFIXES and is_file(path):
             if readable(str(path)) != str(path):
                 raise CameraError(f"{readable(str(path.absolute()))}: a video's name must be UTF-8; rename it")
             probe = cv2.VideoCapture(str(path))

@@ -32,8 +32,9 @@ _RUNS_BEFORE_CAPTURE = 3
 _CAPTURING = ThreadPoolExecutor(1, "capture")
 """One capture at a time, and all on one thread that stays: cuDNN keeps what it chose and built for as long as the
 thread lives that asked for it."""
-_CAPTURED_WITHIN_S = 120.0
-"""For the capture of one graph; what takes longer hangs, and a reload must not wait for it for ever."""
+_CAPTURED_WITHIN_S = 240.0
+"""For a graph and those that are captured before it. What takes longer hangs, and a reload must not wait for it for
+ever; an engine's own thread is waited for less."""
 _FREE: list[torch.cuda.Stream] = []
 """Lanes' streams that no engine has any more. torch hands 32 streams out in turns: with new ones for each engine,
 one of them would soon be that of an engine that judges."""
@@ -103,7 +104,13 @@ class _Lane:
         self._prepared = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         # What was filled on the default stream is there before our own streams, which do not wait by themselves.
         torch.cuda.current_stream().synchronize()
-        self._graph = _CAPTURING.submit(self._capture).result(_CAPTURED_WITHIN_S)
+        capturing = _CAPTURING.submit(self._capture)
+        try:
+            self._graph = capturing.result(_CAPTURED_WITHIN_S)
+        except TimeoutError:
+            capturing.cancel()
+            told = f"no CUDA graph was captured within {_CAPTURED_WITHIN_S:g} s: the GPU hangs, restart the daemon"
+            raise TimeoutError(told) from None
 
     def run(self) -> None:
         """Run once on what lies in the input."""

@@ -180,7 +180,9 @@ class CudaPreprocessor:
         try:
             for kernel in self._kernels.values():
                 kernel.compile()
-        except Exception as error:
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # of the driver, which may be well again
+                raise
             raise KernelNotCompiled(f"the preprocessing kernel cannot be compiled: {error}") from error
         self._prepared: dict[tuple[PixelFormat, tuple[int, ...]], tuple[Any, list[Any], list[Any]]] = {}
 

@@ -483,7 +483,7 @@ def test_parts_that_validation_images_show_are_not_learnt_from(good_parts, tmp_p
     assert all(f.name.startswith("validation/good/") for f in good.held_out)
     assert not [f.name for f in good.train if "part0" in f.name or "part1" in f.name]
     assert (len(good.train), good.left_out) == (24, 4), "one photograph of each counts, the one in train/ never"
-    with pytest.raises(DatasetError, match="no image to learn from: validation images show every part"):
+    with pytest.raises(DatasetError, match="no image to learn from: the validation images show every part"):
         load_good_images(tmp_path / "set", 0.5, 0, part=re.compile(r"lamp(\d)"))
 
 

@@ -4,7 +4,10 @@ Everything is done at once, in the order in which it is queued, so that the numb
 device might do it in another order is told by clocks: whoever waits learns what the other has done (Mattern,
 "Virtual time and global states of distributed systems", 1989), and of two accesses to the same memory, one of them
 a write, one must know of the other, or `Race` is raised. The same holds for memory that PyTorch's allocator may
-give to another tensor of its stream. Kernels take no time, so nothing here says how fast anything is.
+give to another tensor of its stream.
+
+What it does not see: how fast anything is; memory of the process that a copy reads while it is on its way, such as
+a frame's; CuPy's work within a capture; and of threads only what all of them together know.
 """
 
 from __future__ import annotations
@@ -12,15 +15,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import linecache
-import shutil
-import subprocess
 import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,12 +28,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.preprocess_cuda import kernel_source
+import pipeline
+from tests.pipeline.host_kernel import Dim
 
-_ENGINE = "pipeline.engine_cuda"
-"""Imported anew with the device, and again without it."""
 HOST = 0
 """The number under which the process itself is known among streams."""
+_MADE_OF_OTHERS = torch._C.DispatchKey.CompositeImplicitAutograd
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+"""What may take memory of the process and of the device."""
 Stamp = tuple[int, int]
 """A stream and how many things it had done."""
 
@@ -42,62 +44,12 @@ class Race(AssertionError):
     """Two accesses to the same memory that a device may do in either order."""
 
 
+class Mixed(AssertionError):
+    """An operation on memory of the device and of the process."""
+
+
 class CaptureBroken(AssertionError):
     """Something that ends a capture on a real device, or that it would miss."""
-
-
-# The kernel's own source, compiled for the host, one thread after the other.
-
-_ON_HOST = """
-#include <algorithm>
-#include <cmath>
-using std::min; using std::max;
-#define __device__
-#define __global__
-struct Dim { int x, y; };
-static Dim blockIdx, threadIdx, blockDim;
-%s
-extern "C" void run(
-    Dim grid, Dim block,
-    const sample_t* raw, const float* dark, const float* gain, const unsigned char* ignored,
-    int width, int height, int kind, int colours, int is_bgr, float max_value, float ignored_value,
-    const int* sy, const float* wy, int ty, const int* sx, const float* wx, int tx,
-    const float* scale, const float* offset, float* out, int ow, int oh) {
-    blockDim = block;
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-            for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)
-                for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x)
-                    preprocess(raw, dark, gain, ignored, width, height, kind, colours, is_bgr, max_value,
-                               ignored_value, sy, wy, ty, sx, wx, tx, scale, offset, out, ow, oh);
-}
-"""
-
-
-class Dim(ctypes.Structure):
-    """How many, each way."""
-
-    _fields_ = (("x", ctypes.c_int), ("y", ctypes.c_int))
-
-
-@pytest.fixture(scope="session")
-def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., None]]:
-    """The kernel by its source, compiled for the host."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the CUDA kernel's source for the host")
-    folder = tmp_path_factory.mktemp("kernel")
-    return {
-        source: _compiled(compiler, folder / f"k{n}", source)
-        for n, source in enumerate(map(kernel_source, (8, 16)))
-    }
-
-
-def _compiled(compiler: str, path: Path, source: str) -> Callable[..., None]:
-    path.with_suffix(".cpp").write_text(_ON_HOST % source)
-    options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o", str(path.with_suffix(".so"))]
-    subprocess.run([compiler, *options, str(path.with_suffix(".cpp"))], check=True)
-    return ctypes.CDLL(str(path.with_suffix(".so"))).run
 
 
 # Who has done what, and who knows of it.
@@ -237,9 +189,15 @@ class Device:
 
     def _free(self, address: int) -> None:
         with self.changing:
-            memory = self.memory.pop(address)
-            if not memory.on_host:
+            memory = self.memory.pop(address, None)
+            if memory is not None and not memory.on_host:
                 self.freed.append(memory)
+
+    def forget(self) -> None:
+        """Begin anew after a race: what it has left behind is no race of what follows."""
+        with self.changing:
+            self.memory.clear()
+            self.freed.clear()
 
 
 def _learn(knows: dict[int, int], others: dict[int, int]) -> None:
@@ -338,7 +296,7 @@ class Graph:
         assert self._device.current is self.streams[0], "as it was captured, which other streams might not wait for"
         with torch.inference_mode():
             for step in self.steps:
-                step(self._replayed_on.__getitem__)
+                step(lambda stream: self._replayed_on.setdefault(stream, Stream(self._device)))
 
 
 class _Recorder(TorchDispatchMode):
@@ -350,21 +308,23 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs, device = kwargs or {}, self._device
-        known = [
-            t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and _address(t) in device.memory
-        ]
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = [t for t in tensors if _address(t) in device.memory]
         if not known:
             return func(*args, **kwargs)
-        with self:
-            found = func.decompose(*args, **kwargs)
-        if found is not NotImplemented:
-            return found
-        found = func(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _MADE_OF_OTHERS):
+            with self:
+                return func._op_dk(_MADE_OF_OTHERS, *args, **kwargs)
         aliases = [given.alias_info for given in func._schema.returns]
         if any(alias is not None and not alias.is_write for alias in aliases):
-            return found  # a view touches nothing
-        reads, writes = _touched(func, args, kwargs, device)
+            return func(*args, **kwargs)  # a view touches nothing
         on_host = all(device.memory[_address(t)].on_host for t in known)
+        if device.graph is not None and (on_host or func is torch.ops.aten._local_scalar_dense.default):
+            raise CaptureBroken(f"{func} has the process touch memory during a capture")
+        if func not in _COPIES and any(t.dim() and _address(t) not in device.memory for t in tensors):
+            raise Mixed(f"{func} takes memory of the process and of the device")
+        found = func(*args, **kwargs)
+        reads, writes = _touched(func, args, kwargs, device)
         if all(alias is None for alias in aliases):
             outputs = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
             writes += [device.allocate(t.untyped_storage(), str(func), on_host=on_host) for t in outputs]
@@ -549,11 +509,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, host_kernels: dict[str, Callable[
     monkeypatch.setattr(torch, "zeros", make_zeros)
     monkeypatch.setattr(torch.nn.Module, "to", move_module)
     monkeypatch.setitem(sys.modules, "cupy", _fake_cupy(device))
-    real = sys.modules.pop(_ENGINE, None)
-    try:
-        with device.recording():
-            yield device
-    finally:
-        sys.modules.pop(_ENGINE, None)
-        if real is not None:
-            sys.modules[_ENGINE] = real
+    for modules, name in ((sys.modules, "pipeline.engine_cuda"), (vars(pipeline), "engine_cuda")):
+        monkeypatch.setitem(modules, name, None)  # so that what is there now comes back
+        del modules[name]
+    with device.recording():
+        yield device

@@ -17,7 +17,7 @@ from pipeline.folded_networks import FoldedEfficientAD
 from pipeline.geometry import Geometry
 from pipeline.networks import weights_of
 from pipeline.preprocess import Preprocessor, PreprocessSpec
-from tests.pipeline.fake_cuda import CaptureBroken, Race
+from tests.pipeline.fake_cuda import CaptureBroken, Mixed, Race
 from tests.pipeline.test_networks import seeded_model
 
 GEOMETRIES = [Geometry(), Geometry(padded=True), Geometry(320, 384, tile_rows=2, tile_columns=2)]
@@ -153,6 +153,37 @@ def test_a_device_that_is_not_there_notices_each_wait_that_is_left_out(rng, fake
         fake_cuda.left_out = wait
         with pytest.raises((Race, CaptureBroken)):
             use()
+        fake_cuda.forget()
+    fake_cuda.left_out = None
+    use()
+
+
+def test_a_device_that_is_not_there_notices_what_ends_a_capture_and_what_is_not_its_own(fake_cuda):
+    stream, other = torch.cuda.Stream(), torch.cuda.Stream()
+    numbers, pinned = torch.zeros(3, device="cuda"), torch.zeros(3, pin_memory=True)
+    torch.cuda.current_stream().synchronize()
+
+    def capture(work, match):
+        graph = torch.cuda.CUDAGraph()
+        with (
+            pytest.raises(CaptureBroken, match=match),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            work()
+
+    def on_another_stream(*, fork):
+        if fork:
+            other.wait_stream(stream)
+        with torch.cuda.stream(other):
+            numbers.add_(1)
+
+    capture(lambda: numbers.sum().item(), "has the process touch memory")
+    capture(lambda: pinned.fill_(1), "has the process touch memory")
+    capture(stream.synchronize, "the process cannot wait")
+    capture(lambda: on_another_stream(fork=False), "waits for nothing captured")
+    capture(lambda: on_another_stream(fork=True), "was not waited for at the end")
+    with pytest.raises(Mixed):
+        numbers.add_(torch.ones(3))
 
 
 def test_engines_of_two_bundles_keep_their_own_maps(rng, trial):
@@ -205,6 +236,17 @@ def test_engines_one_after_the_other_share_streams_and_two_at_once_do_not(fake_c
         gc.collect()
     assert used[0] == used[1]
     assert used[0].isdisjoint(lane._stream for lane in first._lanes)
+
+
+def test_a_capture_that_hangs_is_given_up(fake_cuda, monkeypatch):
+    from pipeline import engine_cuda
+
+    let_go = threading.Event()
+    monkeypatch.setattr(engine_cuda, "_CAPTURED_WITHIN_S", 0.05)
+    monkeypatch.setattr(engine_cuda._Lane, "_capture", lambda _lane: let_go.wait(60))
+    with pytest.raises(TimeoutError, match=r"no CUDA graph was captured within 0\.05 s: the GPU hangs"):
+        model_and_engine(geometry=SMALL[0])
+    let_go.set()
 
 
 def test_a_kernel_that_cannot_be_compiled_says_what_is_missing(fake_cuda, monkeypatch):
