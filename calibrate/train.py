@@ -167,6 +167,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         )
     some = trainer.some_images(_LEVELS_OF)
     if relative_map:
+        listener.say(f"looking at what the student misses in {len(some)} training images")
         largest = trainer.expect_difference(lambda: _asking(some, listener), scorer.counted_cells)
         listener.say(
             f"maps are relative to what is expected (a cell is divided by up to {largest:.1f}) and to their own "
