@@ -43,9 +43,9 @@ class Quantiles:
             np.isfinite(value) for value in (self.st_a, self.st_b, self.ae_a, self.ae_b) if value is not None
         ):
             raise ValueError("a quantile is not finite")
-        for name, a, b in (("student-teacher", self.st_a, self.st_b), ("autoencoder's", self.ae_a, self.ae_b)):
+        for name, a, b in (("student-teacher", self.st_a, self.st_b), ("autoencoder", self.ae_a, self.ae_b)):
             if a is not None and b is not None and b <= a:
-                raise ValueError(f"the {name} map is flat: its quantiles are {a:.6g} and {b:.6g}")
+                raise ValueError(f"the {name} map's upper quantile, {b:.6g}, must lie above the lower one, {a:.6g}")
 
     @property
     def is_relative(self) -> bool:

@@ -337,7 +337,7 @@ def test_who_may_only_read_the_folder_reads_a_journal_that_nobody_writes(journal
         made.path.chmod(0o444)
         Path(folder).chmod(0o555)
         code = (
-            "import os, sys, pathlib; from daemon.journal import Query, read_journal\n"
+            "import os, sys, pathlib, urllib.parse; from daemon.journal import Query, read_journal\n"
             "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
             "print(list(read_journal(pathlib.Path(sys.argv[1]), Query())))"
         )

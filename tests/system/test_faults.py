@@ -720,4 +720,4 @@ def test_a_thread_left_in_a_vendors_call_does_not_change_the_exit_code(how, code
     )
     assert done.returncode == code, done.stderr
     assert done.stdout == "the summary\n"
-    assert done.stderr.count("nobody expected this") == (how == "2")
+    assert done.stderr.count("ValueError: nobody expected this") == (how == "2")
