@@ -21,7 +21,7 @@ from daemon.events import EventKind, Events
 from daemon.images import ImageFormat, Picture, encode_image, write_picture
 from daemon.ledger import Entry, Ledger
 from drivers.frame import Image, PixelFormat
-from drivers.paths import files_below
+from drivers.paths import names_in
 from pipeline.bundle import write_atomically
 from pipeline.inspection import Inspection, Outcome
 from pipeline.overlay import overlay_of
@@ -29,7 +29,8 @@ from pipeline.overlay import overlay_of
 _WAITING_BYTES = 256 << 20
 """Copies that may wait for a slow disk; beyond that images are dropped, which is counted."""
 _VERDICT_WITHIN_S = 10.0
-_OURS = re.compile(r"\d{4}-\d{2}-\d{2}/\d{12}-(OK|NG|INVALID)\.(png|jpg|npy|json)")
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_OURS = re.compile(r"\d{12}-(OK|NG|INVALID)\.(png|jpg|npy|json)")
 
 _OWNER = ".station"
 _TRIES = 32
@@ -274,8 +275,8 @@ class Archive:
         """Look what a folder keeps. Raises OSError where it is another station's, or cannot be read."""
         owner = self._check_owner(folder)
         groups: dict[Path, list[Path]] = {}
-        for path in sorted(files_below(folder)):
-            if _OURS.fullmatch(f"{path.parent.name}/{path.name}"):  # whatever else lies there is not ours
+        for day in filter(_DAY.fullmatch, names_in(folder)):  # whatever else lies there is not ours
+            for path in (folder / day / name for name in names_in(folder / day) if _OURS.fullmatch(name)):
                 groups.setdefault(path.with_suffix(""), []).append(path)
         found = [(paths, sum(path.stat().st_size for path in paths)) for paths in groups.values()]
         self._kept.extend(found)

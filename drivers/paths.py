@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def exists(path: Path) -> bool:
+    """Tell whether there is anything. Raises OSError."""
+    return _mode(path) != 0
+
+
 def is_file(path: Path) -> bool:
     """Tell whether there is a file. Raises OSError."""
     return stat.S_ISREG(_mode(path))
@@ -19,6 +24,14 @@ def is_file(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Tell whether there is a folder. Raises OSError."""
     return stat.S_ISDIR(_mode(path))
+
+
+def names_in(folder: Path) -> list[str]:
+    """List what lies in a folder, sorted; nothing where there is no such folder. Raises OSError."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from drivers.camera import NEW_IMAGES, CameraError, CameraInfo, EndOfStream, Fires, Options
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
 from drivers.pacing import Pacer
-from drivers.paths import files_below, is_file, is_folder
+from drivers.paths import exists, files_below, is_file, is_folder
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 IMAGE_SCHEMA = "inspectord.image/1"
@@ -44,7 +44,7 @@ class ReplayOptions(Options):
     @classmethod
     def _path_exists(cls, path: str) -> str:
         try:
-            found = is_file(Path(path)) or is_folder(Path(path)) or glob.glob(path, recursive=True)
+            found = exists(Path(path)) or glob.glob(path, recursive=True)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
                 return path  # a disk that is not well is no mistake in the file: opening the folder says it

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import resource
 import threading
 from dataclasses import replace
@@ -238,7 +237,7 @@ def test_images_on_a_disk_that_is_ill_at_the_start_are_counted_when_it_is_well(s
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", refuse)
+        patch.setattr(Path, "iterdir", refuse)
         second = make()
         wait_for(lambda: second.error is not None)
     assert second.dropped == 0
@@ -251,14 +250,14 @@ def test_a_folder_of_somebody_else_on_the_same_disk_is_left_alone(setup, monkeyp
     make, judge, folder = setup
     with_three_rejects(make, judge)
     (folder / "images" / "lost+found").mkdir()
-    scan = os.scandir
+    look = Path.iterdir
 
     def for_root_only(path):
         if Path(path).name == "lost+found":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scan(path)
+        return look(path)
 
-    monkeypatch.setattr(os, "scandir", for_root_only)
+    monkeypatch.setattr(Path, "iterdir", for_root_only)
     second = make()
     judge(second, NG)
     wait_for(lambda: second.kept == 1)

@@ -68,6 +68,19 @@ class _Memory:
     read: list[Stamp] = field(default_factory=list)
 
 
+class _Thread(threading.local):
+    """What is the case in a thread."""
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = []
+        """PyTorch queues work on the last one."""
+        self.borrowed: list[Stream] = []
+        """CuPy does."""
+        self.graph: Graph | None = None
+        """What is captured."""
+        self.recorded = False
+
+
 class Device:
     """Streams, events, graphs and memory."""
 
@@ -84,7 +97,7 @@ class Device:
         self.compiler_fails = False
         self.changing = threading.RLock()
         self._streams = 0
-        self._threads = threading.local()
+        self.thread = _Thread()
         self.default = Stream(self)
 
     # What threads are about
@@ -92,19 +105,17 @@ class Device:
     @property
     def current(self) -> Stream:
         """The stream that PyTorch queues work on, in this thread."""
-        stack: list[Stream] = getattr(self._threads, "streams", [])
-        return stack[-1] if stack else self.default
+        return self.thread.streams[-1] if self.thread.streams else self.default
 
     @property
     def current_of_cupy(self) -> Stream:
         """CuPy's."""
-        stack: list[Stream] = getattr(self._threads, "borrowed", [])
-        return stack[-1] if stack else self.default
+        return self.thread.borrowed[-1] if self.thread.borrowed else self.default
 
     @contextlib.contextmanager
-    def on(self, stream: Stream, kind: str = "streams") -> Iterator[None]:
-        """Queue work of this thread on a stream."""
-        stack = self._threads.__dict__.setdefault(kind, [])
+    def on(self, stream: Stream, *, borrowed: bool = False) -> Iterator[None]:
+        """Queue PyTorch's work of this thread on a stream, or CuPy's."""
+        stack = self.thread.borrowed if borrowed else self.thread.streams
         stack.append(stream)
         with self.recording():
             try:
@@ -115,24 +126,15 @@ class Device:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Look at what PyTorch does in this thread."""
-        if getattr(self._threads, "recorded", False):
+        if self.thread.recorded:
             yield
             return
-        self._threads.recorded = True
+        self.thread.recorded = True
         try:
             with _Recorder(self):
                 yield
         finally:
-            self._threads.recorded = False
-
-    @property
-    def graph(self) -> Graph | None:
-        """What is captured in this thread."""
-        return getattr(self._threads, "graph", None)
-
-    @graph.setter
-    def graph(self, graph: Graph | None) -> None:
-        self._threads.graph = graph
+            self.thread.recorded = False
 
     def number(self) -> int:
         """Give a new stream its number."""
@@ -174,7 +176,9 @@ class Device:
         """Know memory from now on until it is free. Raises Race."""
         with self.changing:
             address, stream = storage.data_ptr(), self.current
-            if not on_host and address not in self.memory:
+            if address in self.memory:
+                return address
+            if not on_host:
                 for old in [old for old in self.freed if old.stream == stream.number]:
                     for before in (old.written, *old.read):
                         if max(stream.knows.get(before[0], 0), self.done.get(before[0], 0)) < before[1]:
@@ -182,9 +186,8 @@ class Device:
                                 f"{what} may get the memory of {old.what}, which stream {before[0]} still uses"
                             )
                     self.freed.remove(old)
-            if address not in self.memory:
-                self.memory[address] = _Memory(what, storage.nbytes(), on_host, stream.number)
-                weakref.finalize(storage, self._free, address)
+            self.memory[address] = _Memory(what, storage.nbytes(), on_host, stream.number)
+            weakref.finalize(storage, self._free, address)
             return address
 
     def _free(self, address: int) -> None:
@@ -228,7 +231,7 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         """Make this stream wait for what another one was given so far."""
-        line, graph = _line(), self.device.graph
+        line, graph = _line(), self.device.thread.graph
         if graph is not None:
             if other.captured_by is graph and line != self.device.left_out:
                 self.captured_by = graph
@@ -264,13 +267,14 @@ class Graph:
         self.streams: list[Stream] = []
         """The one that it is captured on, and those beside it."""
         self._replayed_on: dict[Stream, Stream] = {}
+        """Those beside it are its own, whatever others do on those that it was captured on."""
 
     @contextlib.contextmanager
     def capture(self, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         """Capture what this thread queues. Raises CaptureBroken."""
         assert capture_error_mode == "thread_local", "others go on meanwhile"
         device, self.streams = self._device, [stream]
-        device.graph, stream.captured_by = self, self
+        device.thread.graph, stream.captured_by = self, self
         try:
             with device.on(stream):
                 yield
@@ -278,11 +282,10 @@ class Graph:
                 if other.knows.get(other.number, 0) > stream.knows.get(other.number, 0):
                     raise CaptureBroken(f"stream {other.number} was not waited for at the end")
         finally:
-            device.graph = None
+            device.thread.graph = None
             for other in self.streams:
                 other.captured_by = None
-        # The streams beside it are its own from now on, whatever others do on those that it was captured on.
-        self._replayed_on = {other: other if other is stream else Stream(device) for other in self.streams}
+        self._replayed_on = {stream: stream}
 
     def took(self, stream: Stream) -> None:
         """Learn of a stream that takes part. Raises CaptureBroken."""
@@ -296,7 +299,12 @@ class Graph:
         assert self._device.current is self.streams[0], "as it was captured, which other streams might not wait for"
         with torch.inference_mode():
             for step in self.steps:
-                step(lambda stream: self._replayed_on.setdefault(stream, Stream(self._device)))
+                step(self._as_replayed)
+
+    def _as_replayed(self, stream: Stream) -> Stream:
+        if stream not in self._replayed_on:
+            self._replayed_on[stream] = Stream(self._device)
+        return self._replayed_on[stream]
 
 
 class _Recorder(TorchDispatchMode):
@@ -319,7 +327,7 @@ class _Recorder(TorchDispatchMode):
         if any(alias is not None and not alias.is_write for alias in aliases):
             return func(*args, **kwargs)  # a view touches nothing
         on_host = all(device.memory[_address(t)].on_host for t in known)
-        if device.graph is not None and (on_host or func is torch.ops.aten._local_scalar_dense.default):
+        if device.thread.graph is not None and (on_host or func is torch.ops.aten._local_scalar_dense.default):
             raise CaptureBroken(f"{func} has the process touch memory during a capture")
         if func not in _COPIES and any(t.dim() and _address(t) not in device.memory for t in tensors):
             raise Mixed(f"{func} takes memory of the process and of the device")
@@ -329,7 +337,7 @@ class _Recorder(TorchDispatchMode):
             outputs = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
             writes += [device.allocate(t.untyped_storage(), str(func), on_host=on_host) for t in outputs]
         stream = None if on_host else device.current
-        if stream is not None and (graph := device.graph) is not None:
+        if stream is not None and (graph := device.thread.graph) is not None:
             graph.took(stream)
             graph.steps.append(lambda as_: _again(func, args, kwargs, found, device, as_(stream)))
             reads, writes = [], []  # that comes when it is replayed
@@ -440,7 +448,7 @@ def _fake_cupy(device: Device) -> types.ModuleType:
             self._pointer = pointer
 
         def __enter__(self) -> None:
-            self._on = device.on(device.current, "borrowed")
+            self._on = device.on(device.current, borrowed=True)
             assert device.current.number == self._pointer, "PyTorch's and CuPy's streams are not the same"
             self._on.__enter__()
 

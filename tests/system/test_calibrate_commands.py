@@ -108,8 +108,9 @@ def test_import_keeps_all_good_images_but_one_for_the_threshold_where_nothing_el
     assert f"1 good images to learn from, {images - 1} held out" in said
     assert "expected false-reject rate" in said
     assert "the wanted 1.00% needs about 100 held-out images" in said
+    assert f"from {images // 4} held-out images" in inspectord(*arguments, tmp_path / "few", "--held-out", 0.25)
     parts = r"good_(\d)"  # of two digits, the first
-    said = inspectord(*arguments, tmp_path / "few", "--held-out", 0.25, "--part", parts)
+    said = inspectord(*arguments, tmp_path / "parts", "--held-out", 0.25, "--part", parts)
     assert f"from {round(0.25 * min(images, 10))} held-out images" in said, "one photograph of each part"
 
 
