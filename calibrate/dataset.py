@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibrate.layouts import DatasetError, ImageFile, Layout, read_labels, training_files
+from calibrate.layouts import VALIDATION, DatasetError, ImageFile, Layout, read_labels, training_files
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
-from drivers.replay import decode_image, described_format, format_of, read_image
+from drivers.paths import may_pass
+from drivers.replay import decode_contents, decode_image, described_format, format_of, read_image
 from pipeline.engine import Prepared
 from pipeline.preprocess import Preprocessor, check_correction, correction_for
 
@@ -70,6 +71,7 @@ def load_good_images(
     Raises:
         DatasetError: no folder, fewer than two usable images or parts, none beside the validation images, more
             than 5% unreadable files, a readable image that does not fit, or names in which no part is found.
+        OSError: a disk or a share failed, which may be well again.
     """
     found = training_files(dataset)
     corrupt: list[tuple[str, str]] = []
@@ -80,9 +82,11 @@ def load_good_images(
         by_content: dict[str, list[ImageFile]] = {}
         for file in files:
             try:
-                image = decode_image(file.path)
                 contents = file.path.read_bytes()
+                image = decode_contents(contents)
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and may_pass(error):
+                    raise  # skipping what comes back would be another split
                 corrupt.append((file.name, str(error)))
                 continue
             try:
@@ -109,7 +113,7 @@ def load_good_images(
             f"{dataset.absolute()}: {len(corrupt)} of {count + len(corrupt)} files cannot be read, more "
             f"than {MAX_CORRUPT_SHARE:.0%}:\n{listed}"
         )
-    parts = list(_by_part(usable, part, dataset).values())
+    parts = list(_by_part(usable, part, dataset, validation).values())
     rng = np.random.default_rng([seed, 0])
     if validation:
         chosen = {i for i, digests in enumerate(parts) if not validation.keys().isdisjoint(digests)}
@@ -143,21 +147,27 @@ def load_good_images(
 
 
 def _by_part(
-    usable: dict[str, list[ImageFile]], pattern: re.Pattern[str] | None, dataset: Path
+    usable: dict[str, list[ImageFile]],
+    pattern: re.Pattern[str] | None,
+    dataset: Path,
+    validation: Container[str],
 ) -> dict[str, list[str]]:
     """Sort digests by the part that they show. Raises DatasetError."""
     parts: dict[str, list[str]] = {}
-    found = False
+    found = {digest in validation: False for digest in usable}
     for digest, (file, *_) in usable.items():
-        match = None if pattern is None else pattern.search(file.name)
+        # As they are named in their own folders: a pattern that takes a name's beginning must fit both.
+        match = None if pattern is None else pattern.search(file.name.removeprefix(VALIDATION))
         named = None if match is None else match[1]
-        found = found or named is not None
+        found[digest in validation] |= named is not None
         parts.setdefault(named or file.part or digest, []).append(digest)
-    if pattern is not None and not found:
-        some, *_ = usable.values()
-        raise DatasetError(
-            f"{dataset.absolute()}: --part {pattern.pattern} is found in no name, such as {some[0].name}"
-        )
+    for side, is_found in found.items():
+        if pattern is not None and not is_found:
+            some = next(file.name for digest, (file, *_) in usable.items() if (digest in validation) is side)
+            which = " of the validation images" if side else ""
+            raise DatasetError(
+                f"{dataset.absolute()}: --part {pattern.pattern} is found in no name{which}, such as {some}"
+            )
     if len(parts) < 2:
         raise DatasetError(
             f"{dataset.absolute()}: all photographs show one part, {next(iter(parts))}; at least 2 are needed, one "

@@ -192,7 +192,9 @@ def _anomalib_checkpoint(state: Mapping[str, Tensor], padded: bool | None, sourc
     weights |= _renamed(state, "model.ae.encoder.enconv{}", _ENCODER_INDICES, "autoencoder.{}")
     weights |= _renamed(state, "model.ae.decoder.deconv{}", _DECODER_INDICES, "autoencoder.{}")
     statistics = None
-    if "model.mean_std.std" in state and bool((state["model.mean_std.std"] > 0).all()):
+    if {"model.mean_std.mean", "model.mean_std.std"} <= state.keys() and bool(
+        (state["model.mean_std.std"] > 0).all()
+    ):
         statistics = state["model.mean_std.mean"].flatten(), state["model.mean_std.std"].flatten()
     return ForeignModel(size, weights, AUTOENCODER_PX, statistics, padded, f"anomalib checkpoint {source.name}")
 

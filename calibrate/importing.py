@@ -12,6 +12,7 @@ from calibrate.listener import Listener
 from calibrate.options import TrainOptions
 from calibrate.teacher import channel_statistics, teacher_features
 from calibrate.train import (
+    asking,
     calibrated,
     folder_of_the_run,
     good_images,
@@ -76,7 +77,7 @@ def _calibrated_import(
         with torch.inference_mode():
             statistics = channel_statistics(
                 piece
-                for image in PreparedImages(good.train, cache)
+                for image in asking(PreparedImages(good.train, cache), listener)
                 for piece in teacher_features(networks.teacher, torch.from_numpy(image)[None], options.geometry)
             )
     networks.teacher_mean.copy_(statistics[0])

@@ -21,6 +21,8 @@ from drivers.replay import list_images, readable
 from pipeline.bundle import MANIFEST, is_bundle
 
 GOOD = "good"
+VALIDATION = "validation/good/"
+"""What names of a data set's own held-out images begin with."""
 _MTD_GOOD = "MT_Free"
 _MTD_TRAIN_SHARE = 0.7
 _MTD_NAME = re.compile(r"exp(\d+)_num_(\d+)")
@@ -159,8 +161,8 @@ def training_files(dataset: Path) -> TrainingFiles:
         if not folder.is_dir():
             raise DatasetError(f"{dataset.absolute()}: has test/ but no train/good/ with good images to learn from")
         good = _files(folder)
-        if (dataset / "validation" / GOOD).is_dir():
-            validation = _files(dataset / "validation" / GOOD, "validation/good/")
+        if (dataset / VALIDATION).is_dir():
+            validation = _files(dataset / VALIDATION, VALIDATION)
     elif layout is Layout.VISA:
         good = [ImageFile(row.name, row.image) for row in _visa_rows(dataset) if row.train]
     elif layout is Layout.MTD:
@@ -184,6 +186,8 @@ def load_test_set(dataset: Path) -> TestSet:
     elif layout is Layout.MTD:
         images = _mtd_test(dataset)
     elif layout is Layout.MVTEC_LOCO:
+        if not (dataset / "test").is_dir():
+            raise DatasetError(f"{dataset}: has defects_config.json but no test/ with images of known truth")
         images = _tree(dataset / "test", dataset / "ground_truth")
         saturation = _read_saturation(dataset / "defects_config.json")
     else:
@@ -253,7 +257,7 @@ def read_labels(path: Path) -> NDArray[np.uint16]:
     Raises DatasetError.
     """
     try:  # not imread, which dies of a name that is not UTF-8
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
         pixels = None
     except OSError as error:
@@ -355,9 +359,12 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise DatasetError(f"{path.absolute()}: not a readable CSV file: {error}") from error
-    missing = [name for name in columns if rows and rows[0].get(name) is None]
-    if missing or not rows:
-        raise DatasetError(f"{path.absolute()}: {'no rows' if not rows else 'no column ' + ', '.join(missing)}")
+    if not rows:
+        raise DatasetError(f"{path.absolute()}: no rows")
+    for number, row in enumerate(rows, start=2):
+        missing = [name for name in columns if row.get(name) is None]
+        if missing:
+            raise DatasetError(f"{path.absolute()}: row {number} has no {', '.join(missing)}")
     return rows
 
 

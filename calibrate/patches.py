@@ -184,11 +184,17 @@ def read_labelled(path: Path) -> LabelledPhotographs:
     try:
         with np.load(path, allow_pickle=False) as data:
             jpeg, offsets, labels = data["jpeg"], data["offsets"], data["labels"].astype(np.int64)
+        ends = [int(end) for end in offsets]
+        if not 0 < len(labels) == len(ends) - 1 or labels.min() < 0:
+            raise ValueError(f"{len(labels)} labels from 0 on for {len(ends) - 1} images")
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise DatasetError(f"{path.absolute()}: not an .npz with jpeg, offsets and labels: {error}") from error
     decoded: list[NDArray[np.uint8]] = []
-    for start, end in itertools.pairwise(offsets.tolist()):
-        image = cv2.imdecode(jpeg[start:end], cv2.IMREAD_COLOR)
+    for start, end in itertools.pairwise(ends):
+        try:
+            image = cv2.imdecode(jpeg[start:end], cv2.IMREAD_COLOR)
+        except cv2.error:  # of no bytes
+            image = None
         if image is None:
             raise DatasetError(f"{path.absolute()}: image {len(decoded)} cannot be decoded")
         decoded.append(_small(np.asarray(image, np.uint8)))

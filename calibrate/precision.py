@@ -10,6 +10,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -25,7 +27,9 @@ from pipeline.engine import CalibratedEngine, Precision, Prepared, RawMaps
 from pipeline.engine_cpu import CpuEngine, observe_ranges
 from pipeline.engines import engine_of, reduced_precisions
 from pipeline.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.scoring import Scorer
+from pipeline.scoring import Quantiles, Scorer
+
+T = TypeVar("T")
 
 TOLERATED, TOLERATED_SHARE = 0.01, 0.05
 """A score may differ from float32's by this much and this share of it; 0.1 is the quantiles' distance."""
@@ -77,42 +81,56 @@ def calibrate_precisions(
         for index, image in enumerate(good(some)):
             yield paste_anomaly(image, np.random.default_rng([options.seed, stream, index]))
 
+    def attempt(otherwise: str, work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except TrainingStopped:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a device throws, the bundle is there
+            say(f"{otherwise}: {type(error).__name__}: {error}")
+            return None
+
     model = bundle.model
     reduced = reduced_precisions("cpu" if options.device == "cpu" else "auto")
     if "int8" in reduced:
-        try:
-            # Proven on others than those that the ranges are taken from, or nothing could ever exceed these.
-            seen = observe_ranges(model, itertools.chain(good(some), anomalies(_OBSERVED)))
-            model = replace(model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
-        except TrainingStopped:
-            raise
-        except Exception as error:  # noqa: BLE001 - as below
+        # Proven on others than those that the ranges are taken from, or nothing could ever exceed these.
+        seen = attempt(
+            "int8 is left out",
+            lambda: observe_ranges(model, itertools.chain(good(some), anomalies(_OBSERVED))),
+        )
+        if seen is None:
             reduced.remove("int8")
-            say(f"int8 is left out: {type(error).__name__}: {error}")
-    on_anomalies, infer_ms = _timed_maps(CpuEngine(model), anomalies(_PROVEN))
+        else:
+            model = replace(model, ranges={name: _HEADROOM * largest for name, largest in seen.items()})
+    in_floats = attempt("precisions are not calibrated", lambda: _timed_maps(CpuEngine(model), anomalies(_PROVEN)))
+    if in_floats is None:
+        return bundle
+    on_anomalies, infer_ms = in_floats
     wanted = score_maps([*maps, *on_anomalies], scorer, bundle.quantiles)
     found: dict[Precision, PrecisionCalibration] = {
         "fp32": PrecisionCalibration(bundle.quantiles, bundle.threshold, 0.0, infer_ms)
     }
-    for precision in reduced:
+
+    def judged_in(precision: Precision) -> tuple[list[RawMaps], float, Quantiles]:
         everything = itertools.chain(good(len(held_out)), anomalies(_PROVEN))
-        try:
-            ours, infer_ms = _timed_maps(engine_of(model, precision), everything)
-            on_good = ours[: len(held_out)]
-            quantiles = map_quantiles(
-                on_good,
-                scorer,
-                options.quantile_levels,
-                autoencoder=bundle.quantiles.ae_a is not None,
-                ranges=ranges_in(bundle.quantiles, on_good, maps, scorer),
-            )
-        except TrainingStopped:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a device throws, float32 is there
-            say(f"{precision} is left out: {type(error).__name__}: {error}")
+        ours, infer_ms = _timed_maps(engine_of(model, precision), everything)
+        on_good = ours[: len(held_out)]
+        quantiles = map_quantiles(
+            on_good,
+            scorer,
+            options.quantile_levels,
+            autoencoder=bundle.quantiles.ae_a is not None,
+            ranges=ranges_in(bundle.quantiles, on_good, maps, scorer),
+        )
+        return ours, infer_ms, quantiles
+
+    for precision in reduced:
+        judged = attempt(f"{precision} is left out", partial(judged_in, precision))
+        if judged is None:
             continue
+        ours, infer_ms, quantiles = judged
         scores = score_maps(ours, scorer, quantiles)
-        threshold = choose_threshold(scores[: len(on_good)], options.false_reject_rate).value
+        threshold = choose_threshold(scores[: len(held_out)], options.false_reject_rate).value
         deviation = _largest_deviation(scores, wanted)
         if not np.isfinite(deviation):
             say(f"{precision} is left out: its scores are not finite")

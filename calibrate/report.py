@@ -324,8 +324,8 @@ def _gallery(kind: str, evaluation: Evaluation, bundle: Bundle) -> Gallery:
     ranked = sorted((s for s in evaluation.scored if s.image.kind == kind), key=lambda s: s.score)
     if kind != GOOD:
         ranked.reverse()
-    best = ranked[:_SHOWN_OF_A_KIND]
-    worst = [s for s in ranked[::-1][:_SHOWN_OF_A_KIND] if s not in best]
+    best, others = ranked[:_SHOWN_OF_A_KIND], ranked[_SHOWN_OF_A_KIND:]
+    worst = others[::-1][:_SHOWN_OF_A_KIND]
     words = ("lowest scores", "highest scores") if kind == GOOD else ("found most clearly", "found least clearly")
 
     def examples(group: list[ScoredImage], which: str) -> list[Example]:

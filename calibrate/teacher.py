@@ -89,7 +89,10 @@ def read_teacher(path: Path) -> Teacher:
             raise ValueError(f"size {size!r} is not known")
         weights = {name: tensor.float() for name, tensor in tensors.items()}
         check_teacher(weights, size)
-        return Teacher(size, weights, {**json.loads(header["facts"]), "sha256": sha256_hex(blob)})
+        facts = json.loads(header["facts"])
+        if not isinstance(facts, dict) or not {"name", "origin"} <= facts.keys():
+            raise ValueError("its facts do not tell name and origin")
+        return Teacher(size, weights, {**facts, "sha256": sha256_hex(blob)})
     except SafetensorError as error:
         raise TeacherError(
             f"{path.absolute()}: not a safetensors file ({error}); inspectord import takes other formats over"

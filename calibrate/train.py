@@ -96,6 +96,8 @@ def folder_of_the_run(options: TrainOptions) -> Iterator[None]:
     Raises TrainingError or OSError.
     """
     out, made = options.out, not options.out.exists()
+    if not (made or out.is_dir()):
+        raise TrainingError(f"{out.absolute()} is a file; name the folder of a bundle")
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out)
     handle = os.open(out, os.O_RDONLY)
@@ -159,7 +161,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
         listener.say(f"skipped natural image {name}: {why}")
     use_autoencoder = options.losses.autoencoder
     if use_autoencoder and options.autoencoder_map == "auto":
-        explained = trainer.explained_by_autoencoder(_asking(held_out, listener))
+        explained = trainer.explained_by_autoencoder(asking(held_out, listener))
         use_autoencoder = explained >= MIN_EXPLAINED
         listener.say(
             f"the autoencoder explains {explained:.1%} of the held-out features' variance"
@@ -168,7 +170,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     some = trainer.some_images(_LEVELS_OF)
     if relative_map:
         listener.say(f"looking at what the student misses in {len(some)} training images")
-        largest = trainer.expect_difference(lambda: _asking(some, listener), scorer.counted_cells)
+        largest = trainer.expect_difference(lambda: asking(some, listener), scorer.counted_cells)
         listener.say(
             f"maps are relative to what is expected (a cell is divided by up to {largest:.1f}) and to their own "
             f"level, as {len(some)} images show both (--no-relative-map)"
@@ -203,7 +205,7 @@ def _train(options: TrainOptions, listener: Listener) -> Bundle:
     )
     try:
         listener.say(f"report: {write_training_report(record, bundle, options.out / REPORT).absolute()}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"{options.out.absolute()} is finished and can be used, but its report was not written: {error}"
         ) from error
@@ -349,7 +351,8 @@ def image_facts(good: GoodImages, options: TrainOptions) -> dict[str, Any]:
     }
 
 
-def _asking(images: PreparedImages, listener: Listener) -> Iterator[Prepared]:
+def asking(images: PreparedImages, listener: Listener) -> Iterator[Prepared]:
+    """Go through images, (3, height, width) each, for as long as the listener wants. Raises TrainingStopped."""
     for index in range(len(images)):
         listener.go_on(_WHILE_CALIBRATING)
         yield images[index]
@@ -358,7 +361,7 @@ def _asking(images: PreparedImages, listener: Listener) -> Iterator[Prepared]:
 def raw_maps(model: Model, images: PreparedImages, options: TrainOptions, listener: Listener) -> list[RawMaps]:
     """Run images through the float32 engine of the daemon."""
     engine = make_float_engine(model, "cpu" if options.device == "cpu" else "auto")
-    return [RawMaps(*engine.infer(image), 0, 0) for image in _asking(images, listener)]
+    return [RawMaps(*engine.infer(image), 0, 0) for image in asking(images, listener)]
 
 
 _ARRAY_FIELDS = ("dark", "flat", "ignore")

@@ -298,10 +298,12 @@ class _NaturalImages:
             top, left = rng.integers(_PROCEDURAL_MARGIN_PX + 1, size=2)
             crop = image[top : top + height, left : left + width]
             return natural_image(crop, width, height, rng, enlarge=False)
+        last: Exception | None = None
         for _ in range(_NATURAL_TRIES):
             file = self._files[int(rng.integers(len(self._files)))]
             try:
                 return natural_image(read_natural_image(file.path), width, height, rng)
             except (OSError, ValueError) as error:
                 self.unreadable[file.name] = str(error)
-        raise DatasetError(f"{_NATURAL_TRIES} natural images in a row cannot be read; check --natural")
+                last = error
+        raise DatasetError(f"{_NATURAL_TRIES} natural images in a row cannot be read; check --natural") from last

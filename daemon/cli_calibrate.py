@@ -15,6 +15,7 @@ from daemon.cli_options import (
     PartOption,
     area,
     check_file,
+    check_folder,
     engine_words,
     format_named,
     one_of,
@@ -195,6 +196,7 @@ def evaluate(
         loaded = read_bundle(bundle)
         check_file(json_file, "--json")
         if report is not None:
+            check_folder(report, "--report")
             refuse_among_images(report, (image.file for image in load_test_set(dataset).images))
             report.mkdir(parents=True, exist_ok=True)
             check_writable(report)

@@ -6,7 +6,6 @@ again without a change is of no use; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
 import sys
@@ -17,6 +16,8 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import typer
+
+from drivers.paths import may_pass
 
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -64,13 +65,6 @@ EXIT_CODES = {
 """By name, so that `inspectord ctl` need not import what only training can raise."""
 
 
-_LASTING = {
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG),
-    None,
-}
-"""Errors of a path that is wrong, and of what never was a system call's."""
-
-
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into one clear message and the right exit code."""
@@ -89,7 +83,7 @@ def _may_pass(error: BaseException) -> bool:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
-            return cause.errno not in _LASTING
+            return may_pass(cause)
         if isinstance(cause, sqlite3.Error):
             code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the rest says where
             return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR)

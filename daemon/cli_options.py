@@ -83,6 +83,12 @@ def area(text: str) -> FrameArea:
     return FrameArea(x, y, width, height)
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Say that what should be a folder is a file. Raises typer.BadParameter."""
+    if path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"{path.absolute()} is a file; name a folder", param_hint=option)
+
+
 def check_file(path: Path | None, option: str) -> None:
     """Say before the work, not after it, that a file cannot be written. Raises typer.BadParameter."""
     if path is None:

@@ -42,7 +42,7 @@ def pretrain(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="photographs: a folder for each class, or the .npz of CIFAR; backbone: any folder of images"
+            help="photographs: a folder for each class, or .npz with jpeg, offsets, labels; backbone: any folder"
         ),
     ] = None,
     backbone: Annotated[

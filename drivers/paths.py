@@ -5,10 +5,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+_LASTING = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG),
+    None,
+}
+"""Errors of a path that is wrong, and of what never was a system call's."""
+
+
+def may_pass(error: OSError) -> bool:
+    """Tell whether a disk or a share is to blame, which may be well again."""
+    return error.errno not in _LASTING
 
 
 def exists(path: Path) -> bool:

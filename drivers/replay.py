@@ -85,7 +85,8 @@ def list_images(path: str | Path) -> list[tuple[str, Path]]:
             for match in glob.glob(str(path), recursive=True)
             if Path(match).suffix.lower() in IMAGE_SUFFIXES and is_file(Path(match))
         ]
-    return natsorted(found, key=lambda pair: pair[0], alg=ns.PATH)
+    # 1.png and 01.png are equal in natural order, and folders are listed in any.
+    return natsorted(sorted(found), key=lambda pair: pair[0], alg=ns.PATH)
 
 
 def readable(name: str) -> str:
@@ -98,11 +99,15 @@ def decode_image(path: Path) -> Image:
 
     Raises OSError when the file cannot be read and ValueError when it is no complete image.
     """
-    data = np.fromfile(path, np.uint8)
-    if data.size == 0:
+    return decode_contents(path.read_bytes())
+
+
+def decode_contents(contents: bytes) -> Image:
+    """Decode an image file's contents as `decode_image` does. Raises ValueError."""
+    if not contents:
         raise ValueError("the file is empty")
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
+        image = cv2.imdecode(np.frombuffer(contents, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
     except cv2.error as error:
         raise ValueError(str(error).strip()) from error
     if image is None:

@@ -208,9 +208,19 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
     except OSError:
         _remove(folder, now - before)
         raise
-    killed = {path.name for path in folder.glob(f"*{_PARTIAL}") if _PART.fullmatch(path.stem)}
-    _remove(folder, (before - now) | killed)
+    _remove(folder, (before | _left_behind(folder)) - now)
     return read_bundle(folder)
+
+
+def _left_behind(folder: Path) -> set[str]:
+    """Name what writers that were killed have left: files half written, and those under names only we give."""
+    names = {path.name for path in folder.iterdir()}
+    return {
+        name
+        for name in names
+        if (part := _PART.fullmatch(name.removesuffix(_PARTIAL)))
+        and (name.endswith(_PARTIAL) or part.lastindex is not None)  # a name with a digest
+    }
 
 
 def _free_name(folder: Path, name: str, blob: bytes) -> str:
@@ -264,7 +274,7 @@ def _read_manifest(folder: Path) -> bytes:
 def _read_as_told(text: bytes, folder: Path) -> Bundle:
     manifest_path = folder / MANIFEST
     try:
-        manifest = json.loads(text, parse_constant=_refuse_constant)
+        manifest = json.loads(text, parse_constant=_refuse_constant, parse_float=_read_float)
     except (RecursionError, ValueError) as error:
         raise BundleError(f"{manifest_path.absolute()}: not valid JSON, damaged or truncated: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") not in (FORMAT, RELATIVE_FORMAT):
@@ -281,7 +291,7 @@ def _read_as_told(text: bytes, folder: Path) -> Bundle:
         )
     try:
         return _assemble(manifest, folder)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, EOFError, KeyError, TypeError, ValueError, cv2.error) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{manifest_path.absolute()}: {reason}") from error
 
@@ -451,6 +461,13 @@ def sha256_hex(blob: bytes) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _read_float(text: str) -> float:
+    value = float(text)
+    if not np.isfinite(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value
 
 
 def _canonical(value: object) -> bytes:

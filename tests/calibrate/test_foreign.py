@@ -14,14 +14,14 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from calibrate.foreign import ForeignModel, ImportFailed, read_foreign, read_state
 from calibrate.importing import import_model
 from calibrate.layouts import DatasetError
 from calibrate.options import TrainOptions
-from calibrate.teacher import TeacherError, find_teacher, read_teacher, write_teacher
+from calibrate.teacher import FORMAT, SHIPPED, TeacherError, find_teacher, read_teacher, write_teacher
 from pipeline.geometry import Geometry
 from pipeline.networks import EfficientAD, pdn
 from pipeline.preprocess import PreprocessSpec
@@ -103,6 +103,10 @@ def test_anomalibs_checkpoint_with_classes_that_are_not_here(model, tmp_path, mo
     found = read_foreign(path)
     assert found.size == model.size
     assert_same_maps(model, loaded(found, found.statistics))
+    state = anomalib_names(model)
+    del state["model.mean_std.mean"]
+    torch.save({"state_dict": OrderedDict(state)}, path)
+    assert read_foreign(path).statistics is None, "half of them is none"
 
 
 @pytest.mark.parametrize("names", ["reference", "anomalib"])
@@ -221,6 +225,11 @@ def test_files_that_are_something_else(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(TeacherError, match="not a teacher file of inspectord"):
         read_teacher(tmp_path / "other.safetensors")
+    ours = load_file(SHIPPED / "procedural-small.safetensors")
+    for facts in ('["name", "origin"]', '{"name": "mine"}'):
+        save_file(ours, tmp_path / "t.safetensors", {"format": FORMAT, "size": "small", "facts": facts})
+        with pytest.raises(TeacherError, match="its facts do not tell name and origin"):
+            read_teacher(tmp_path / "t.safetensors")
 
 
 def test_an_imported_model_is_calibrated_on_good_images_and_remembers_them(good_parts, tmp_path):

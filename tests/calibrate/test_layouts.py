@@ -98,6 +98,9 @@ def test_mvtec_loco(tmp_path):
     (root / "defects_config.json").write_text('[{"pixel_value": 1}]')
     with pytest.raises(DatasetError, match="list of defects"):
         load_test_set(root)
+    shutil.rmtree(root / "test")
+    with pytest.raises(DatasetError, match=r"has defects_config\.json but no test/"):
+        load_test_set(root)
 
 
 def visa(root):
@@ -129,8 +132,12 @@ def test_visa(tmp_path):
     assert [i.kind for i in load_test_set(candle).images] == ["good", "melted wax"]
     with pytest.raises(DatasetError, match=r"name one of its objects, as .*candle"):
         load_test_set(tmp_path)
+    whole = (tmp_path / "split_csv/1cls.csv").read_text()
     (tmp_path / "split_csv/1cls.csv").write_text("object,split\ncandle,train\n")
-    with pytest.raises(DatasetError, match="no column label, image, mask"):
+    with pytest.raises(DatasetError, match="row 2 has no label, image, mask"):
+        load_test_set(candle)
+    (tmp_path / "split_csv/1cls.csv").write_text(f"{whole}candle,test,anom")
+    with pytest.raises(DatasetError, match="row 8 has no image, mask"):
         load_test_set(candle)
     (tmp_path / "split_csv/1cls.csv").write_bytes(b"object,split\ncandle,\xff\n")
     with pytest.raises(DatasetError, match=r"1cls\.csv: not a readable CSV file"):

@@ -85,6 +85,20 @@ def test_an_engine_that_fails_costs_its_precision_and_not_the_training(bundle, h
     assert said == ["fp16 is left out: RuntimeError: out of memory"]
 
 
+def test_float32_that_fails_here_costs_the_precisions_and_not_the_training(bundle, held_out, monkeypatch):
+    def broken(_model):
+        raise RuntimeError("no such instruction")
+
+    folder = held_out.files[0].path.parent
+    options = TrainOptions(dataset=folder, out=folder, device="cpu")
+    maps, said = raw_maps(bundle.model, held_out, options, Listener()), []
+    monkeypatch.setattr(calibrating, "CpuEngine", broken)
+    monkeypatch.setattr(calibrating, "reduced_precisions", lambda _device: [])
+    found = calibrate_precisions(bundle, held_out, maps, Scorer(bundle.model.geometry), options, said.append)
+    assert found is bundle
+    assert said == ["precisions are not calibrated: RuntimeError: no such instruction"]
+
+
 @needs_int8
 @pytest.mark.parametrize("images", [3, 15])
 def test_it_stops_between_images_and_leaves_no_precision_out_for_that(bundle, held_out, images):

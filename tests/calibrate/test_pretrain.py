@@ -157,6 +157,16 @@ def test_labelled_photographs_from_an_npz_and_from_folders(tmp_path, photographs
     np.savez(tmp_path / "d.npz", jpeg=np.zeros(9, np.uint8))
     with pytest.raises(DatasetError, match=r"d\.npz: not an \.npz with jpeg, offsets and labels"):
         read_labelled(tmp_path / "d.npz")
+    pixels = np.concatenate(files)
+    for facts, message in (
+        ({"offsets": offsets, "labels": np.append(found.labels, 0)}, "13 labels from 0 on for 12 images"),
+        ({"offsets": offsets[:1], "labels": found.labels[:0]}, "0 labels from 0 on for 0 images"),
+        ({"offsets": offsets, "labels": found.labels - 1}, "12 labels from 0 on for 12 images"),
+        ({"offsets": np.append(offsets, offsets[-1]), "labels": np.append(found.labels, 0)}, "image 12 cannot be"),
+    ):
+        np.savez(tmp_path / "e.npz", jpeg=pixels, **facts)
+        with pytest.raises(DatasetError, match=message):
+            read_labelled(tmp_path / "e.npz")
     with pytest.raises(DatasetError, match="one for each class"):
         read_labelled(photographs / "dark")
 

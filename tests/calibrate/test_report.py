@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -138,6 +139,11 @@ def test_the_report_stands_alone(result, tiny_bundle, tmp_path):
     for kind in ("good", "scratch", "stain"):
         assert f"<td>{kind}</td>" in html
     assert f"{100 * result.image.auroc:.1f}%" in html
+
+
+def test_an_image_that_is_listed_twice_is_shown_twice(result, tiny_bundle, tmp_path):
+    twice = replace(result, scored=[*result.scored, *result.scored])
+    assert write_evaluation_report(twice, read_bundle(tiny_bundle), tmp_path / "report").is_file()
 
 
 def test_training_leaves_a_report(tiny_bundle):

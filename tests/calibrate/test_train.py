@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import astuple, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -26,7 +29,7 @@ from calibrate.teacher import find_teacher, layout_share
 from calibrate.train import tell_of_threshold, train
 from calibrate.trainer import Trainer
 from drivers.frame import PixelFormat
-from drivers.replay import decode_image, list_images, read_image
+from drivers.replay import decode_contents, decode_image, list_images, read_image
 from pipeline.bundle import MANIFEST, read_bundle
 from pipeline.geometry import Geometry
 from pipeline.preprocess import Preprocessor, PreprocessSpec
@@ -339,6 +342,37 @@ def test_corrupt_files_are_listed_and_more_than_5_percent_are_an_error(good_part
         load_good_images(tmp_path, 0.1, 0)
 
 
+def test_a_share_that_fails_is_no_corrupt_file(good_parts, monkeypatch):
+    read, number = Path.read_bytes, errno.EIO
+
+    def fail(path):
+        if path.name == "good_3.png":
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_good_images(good_parts, 0.1, 0)
+    number = errno.EACCES
+    with pytest.raises(DatasetError, match="1 of 12 files cannot be read"):
+        load_good_images(good_parts, 0.1, 0)
+
+
+def test_the_split_follows_from_the_names_and_not_from_the_order_of_the_folder(good_parts, tmp_path, monkeypatch):
+    for i in range(6):
+        shutil.copy(good_parts / f"good_{i}.png", tmp_path / f"{i}.png")
+        shutil.copy(good_parts / f"good_{i + 6}.png", tmp_path / f"0{i}.png")
+    found, walk = load_good_images(tmp_path, 0.3, 0), os.walk
+
+    def backwards(*arguments, **options):
+        for folder, below, names in walk(*arguments, **options):
+            yield folder, below, sorted(names, reverse=names == sorted(names))
+
+    monkeypatch.setattr(os, "walk", backwards)
+    again = load_good_images(tmp_path, 0.3, 0)
+    assert (again.held_out, again.train) == (found.held_out, found.train)
+
+
 @pytest.fixture
 def test_tree(tmp_path, good_parts):
     from drivers.synthetic import PartRenderer, SyntheticOptions
@@ -485,6 +519,14 @@ def test_parts_that_validation_images_show_are_not_learnt_from(good_parts, tmp_p
     assert (len(good.train), good.left_out) == (24, 4), "one photograph of each counts, the one in train/ never"
     with pytest.raises(DatasetError, match="no image to learn from: the validation images show every part"):
         load_good_images(tmp_path / "set", 0.5, 0, part=re.compile(r"lamp(\d)"))
+    for pattern in (r"^part(\d+)_", "(.+)_lamp"):
+        again = load_good_images(tmp_path / "set", 0.5, 0, part=re.compile(pattern))
+        assert (again.train, again.left_out) == (good.train, 4), "names begin in their own folder"
+    (tmp_path / "set/validation/good/part1_lamp0.png").rename(tmp_path / "set/validation/good/one_lamp0.png")
+    for name in ("part0_lamp1", "part0_lamp2", "part1_lamp1", "part1_lamp2"):
+        (tmp_path / f"set/validation/good/{name}.png").unlink()
+    with pytest.raises(DatasetError, match=r"found in no name of the validation images, such as .*one_lamp0\.png"):
+        load_good_images(tmp_path / "set", 0.5, 0, part=re.compile(r"part(\d+)_"))
 
 
 def test_mixed_sizes_and_few_images_are_said(options, good_parts, tmp_path):
@@ -516,6 +558,13 @@ def test_a_bundle_is_finished_also_when_its_report_cannot_be_written(options):
     with pytest.raises(OSError, match="is finished and can be used, but its report was not written"):
         train(options)
     assert read_bundle(options.out).training["steps"] == 5
+
+
+def test_a_bundle_is_a_folder(options, tmp_path):
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(TrainingError, match="there is a file; name the folder of a bundle"):
+        train(replace(options, out=tmp_path / "there"))
+    assert (tmp_path / "there").read_text() == "mine"
 
 
 @pytest.mark.parametrize("after", ["reading the images", "before the first step"])
@@ -583,18 +632,18 @@ def test_the_teacher_describes_an_unaugmented_image_once(options):
 
 
 def test_images_that_fit_into_memory_are_decoded_once(options, monkeypatch):
-    decoded: list[str] = []
+    decoded: list[bytes] = []
 
     def counting(read):
-        def counted(path, *declared):
-            decoded.append(path.name)
-            return read(path, *declared)
+        def counted(image, *declared):
+            decoded.append(image if isinstance(image, bytes) else image.read_bytes())
+            return read(image, *declared)
 
         return counted
 
-    for read in (decode_image, read_image):
+    for read in (decode_contents, read_image):
         monkeypatch.setattr(dataset, read.__name__, counting(read))
-    images = {path.name for path in options.dataset.iterdir()}
+    images = [path.read_bytes() for path in options.dataset.iterdir()]
     train(replace(options, steps=12))
     assert sorted(decoded) == sorted(images)
     decoded.clear()

@@ -136,13 +136,15 @@ def test_what_is_not_ours_stays(tiny_bundle, tmp_path, rng):
     mine = {"flat_field.npy": b"raw values of mine", "ignore_mask.png": b"the mask that training was given"}
     for name, content in mine.items():
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "weights-0123456789ab.safetensors.partial").write_bytes(b"of a run that was killed")
+    for name in ("weights-0123456789ab.safetensors.partial", "weights-ba9876543210.safetensors"):
+        (tmp_path / name).write_bytes(b"of a run that was killed")
     spec = replace(bundle.model.preprocess, ignore=rng.random((50, 60)) < 0.2)
     for _ in range(2):
         write_bundle(replace(bundle, model=replace(bundle.model, preprocess=spec)), tmp_path)
         np.testing.assert_array_equal(read_bundle(tmp_path).model.preprocess.ignore, spec.ignore)
     assert {name: (tmp_path / name).read_bytes() for name in mine} == mine
     assert not list(tmp_path.glob("*.partial"))
+    assert [path.name for path in tmp_path.glob("weights*")] == [WEIGHTS]
 
 
 def test_a_bundle_that_is_replaced_meanwhile_is_read_as_the_one_or_the_other(tiny_bundle, copy):
@@ -219,7 +221,9 @@ def test_missing_folder_and_missing_weights(tmp_path, copy):
         read_bundle(copy)
 
 
-@pytest.mark.parametrize("text", ['{"a": NaN}', "[" * 100_000, '{"format": "inspectord.bundle/1", "x": Infinity}'])
+@pytest.mark.parametrize(
+    "text", ['{"a": NaN}', "[" * 100_000, '{"format": "inspectord.bundle/1", "x": Infinity}', '{"x": 1e999}']
+)
 def test_manifests_that_are_no_strict_json_are_refused(copy, text):
     (copy / MANIFEST).write_text(text)
     with pytest.raises(BundleError, match="not valid JSON"):
@@ -256,6 +260,7 @@ def test_nothing_is_ever_unpickled(copy, name):
         (lambda m: m.update(architecture=None), "not subscriptable"),
         (lambda m: m["calibration"]["quantiles"].update(st_b=-1.0), "must lie above"),
         (lambda m: m["architecture"]["geometry"].update(image_width="64"), "must be integers"),
+        (lambda m: m["calibration"].update(threshold=10**400), "too large"),
     ],
 )
 def test_manifests_that_make_no_sense_are_refused(copy, change, message):

@@ -61,6 +61,8 @@ def test_train_evaluate_and_report(parts, tmp_path):
     inspectord("evaluate", out, photos)
     said = inspectord("evaluate", out, parts, "--json", tmp_path / "no" / "e.json", code=2)
     assert "--json" in said
+    said = inspectord("evaluate", out, photos, "--report", out / "bundle.json", code=2)
+    assert "is a file; name a folder" in said
 
 
 @pytest.mark.parametrize(
