@@ -209,13 +209,14 @@ class Judging:
 
     def _look_at(self, entry: Entry, inspection: Inspection) -> None:
         if inspection.outcome is Outcome.INVALID:
+            trace = {} if inspection.error is None else {"exception": "".join(inspection.error.format()).rstrip()}
             self._log.warning(
                 "invalid",
                 sequence=entry.sequence,
                 reason=inspection.reason,
                 detail=inspection.detail,
                 source=entry.frame.source,
-                exc_info=inspection.error,
+                **trace,
             )
         failed = inspection.reason is Reason.ENGINE and inspection.error is not None
         self._errors_in_a_row = self._errors_in_a_row + 1 if failed else 0

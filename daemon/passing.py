@@ -48,7 +48,7 @@ class Passing:
         until_ns = now_ns + _TOO_OLD_NS
         if due_ns is not None:
             if now_ns > due_ns:
-                self._not_given(sequence, "the verdict was late")
+                self.refuse(sequence, "the verdict was late")
                 return
             until_ns = min(until_ns, due_ns)
         with self._changed:
@@ -58,7 +58,7 @@ class Passing:
                 self._busy, self._waiting = True, (sequence, until_ns)
                 self._changed.notify()
         if not given:
-            self._not_given(sequence, why)
+            self.refuse(sequence, why)
 
     def end(self) -> None:
         """Let `run` end."""
@@ -83,14 +83,15 @@ class Passing:
 
     def _give(self, sequence: int, until_ns: int) -> None:
         if time.monotonic_ns() > until_ns:
-            self._not_given(sequence, "it came too late")
+            self.refuse(sequence, "it came too late")
             return
         try:
             with self.call.running():
                 self._signal_pass(until_ns)
             self.worked = True
         except CameraError as error:
-            self._not_given(sequence, str(error))
+            self.refuse(sequence, str(error))
 
-    def _not_given(self, sequence: int, why: str) -> None:
+    def refuse(self, sequence: int, why: str) -> None:
+        """Say that an OK part gets no pulse."""
         self._events.say(EventKind.CAMERA, "an OK part got no pass pulse", sequence=sequence, error=why)

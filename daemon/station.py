@@ -39,7 +39,7 @@ from daemon.ring import FrameRing
 from daemon.sequence import SequenceFile
 from daemon.serving import Serving
 from daemon.sockets import Context
-from daemon.supervision import Failures, Worker
+from daemon.supervision import Failures, Worker, let_go_of_frames
 from daemon.tally import Summary, Tally, summarise
 from daemon.yaml_errors import ConfigError
 from drivers.camera import Camera, DriverMissing, Fires
@@ -108,6 +108,8 @@ class Station:
         self._attention: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._reloading = threading.Lock()
         self._new_camera: Camera | None = None
+        self._passes_after = 0
+        """The last number that the camera before the present one may have taken."""
         self._restarts: Counter[str] = Counter()
         self._workers: dict[str, Worker] = {}
         self._simple_workers: dict[str, Callable[[], None]] = {}
@@ -159,7 +161,7 @@ class Station:
             self.events.say(EventKind.STATE, told, error=error)
 
     def _run(self, sequences: SequenceFile, context: Context) -> Summary:
-        config = self._config
+        config, self._sequences = self._config, sequences
         self._bundle = read_bundle(config.model)
         self._ledger = Ledger(sequences, self.tally, self._deadline_ms)
         page_locked = frame_memory(config.device)
@@ -225,7 +227,11 @@ class Station:
         return Passing(lambda until_ns: self._camera.signal_pass(until_ns), self.events)
 
     def _ask_to_pass(self, sequence: int, due_ns: int | None) -> None:
-        self._passing.passed(sequence, due_ns)  # the present one: a hung one is replaced
+        passing = self._passing  # the present one: a hung one is replaced
+        if sequence > self._passes_after:
+            passing.passed(sequence, due_ns)
+        else:
+            passing.refuse(sequence, "the camera that took it is not the present one")
 
     def _make_publishing(self, context: Context) -> Publishing:
         config = self._config
@@ -364,14 +370,22 @@ class Station:
     def _take_new_camera(self) -> Camera | None:
         camera, self._new_camera = self._new_camera, None
         if camera is not None:
-            self._camera = camera
+            self._use(camera)
         return camera
+
+    def _use(self, camera: Camera) -> None:
+        # What was numbered before stands at the other camera's gate.
+        self._passes_after = self._sequences.grabbed
+        self._camera = camera
 
     # Watching
 
     def _supervise(self) -> None:
         watchdog_s = self._notifier.watchdog_s
         hang_s = self._config.supervision.hang_s
+        if watchdog_s and hang_s >= watchdog_s:
+            told = "systemd's watchdog comes before a hung call is given up: raise WatchdogSec or lower hang_s"
+            self._log.warning(told, hang_s=hang_s, watchdog_s=watchdog_s)
         period_s = min(_HEALTH_PERIOD_S, hang_s / 4, *([watchdog_s / 4] if watchdog_s else []))
         health_due_s, watch_due_s, probe, last_moved = 0.0, 0.0, 0, -1
         while not self._ledger.over or self._workers["publisher"].is_alive():
@@ -487,7 +501,7 @@ class Station:
             )
 
     def _grab_anew(self, *, after_hang: bool) -> None:
-        self._camera = self._camera_for(self._config)
+        self._use(self._camera_for(self._config))
         self._begin_acquisition(after_hang=after_hang)
 
     def _abandon_acquisition(self, why: str = _NO_ANSWER) -> None:
@@ -547,6 +561,7 @@ class Station:
             error=f"{type(failure).__name__}: {failure}",
             pause_s=pause_s,
         )
+        let_go_of_frames(failure)
         if failures.too_many:
             raise StationFailed(f"the {name} thread failed too often: {failure}") from failure
         self._due[name] = time.monotonic() + pause_s, begin

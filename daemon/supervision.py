@@ -74,6 +74,23 @@ class Call:
         return since_s is not None and time.monotonic() - since_s > limit_s
 
 
+def let_go_of_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an exception and of those behind it, once they are logged.
+
+    Their frames hold a dead thread's engine or camera, and through the thread the exception itself: such a circle
+    stays for long after, for a daemon in its stride makes no rubbish that would have it collected.
+    """
+    behind: BaseException | None = error
+    seen: set[int] = set()
+    waiting = [behind]
+    while waiting:
+        behind = waiting.pop()
+        if behind is not None and id(behind) not in seen:
+            seen.add(id(behind))
+            behind.__traceback__ = None
+            waiting += [behind.__cause__, behind.__context__]
+
+
 class Worker(threading.Thread):
     """One generation of a thread. Its failure is kept, and whoever supervises is told."""
 

@@ -68,6 +68,12 @@ class PylonOptions(Options):
             raise ValueError("rate_fps is for trigger: free_run; a triggered camera follows its triggers")
         return self
 
+    @property
+    def inverter_configured(self) -> bool:
+        """Tell whether `features` say if the pass output's line is inverted; another line's do not."""
+        line = None if self.pass_output is None else self.pass_output.line
+        return "LineInverter" in self.features and self.features.get("LineSelector") == line
+
 
 def import_pylon() -> Any:
     """Import pypylon's `pylon` module. Raises DriverMissing with the extra to install."""
@@ -137,9 +143,7 @@ class PylonCamera:
         self._failed_in_a_row, self._lost_because = 0, None
         self._heard_s = time.monotonic()
         if options.pass_output is not None:
-            self._pass_line = PassLine(
-                camera, options.pass_output, inverter_configured="LineInverter" in options.features
-            )
+            self._pass_line = PassLine(camera, options.pass_output, inverter_configured=options.inverter_configured)
         camera.MaxNumBuffer.Value = _BUFFERS + _LENT_BUFFERS
         self._start_grabbing()
         return CameraInfo(
@@ -407,6 +411,8 @@ class PylonCamera:
         self._heard_s = time.monotonic()
         if self._camera.IsCameraDeviceRemoved() or not self._camera.IsGrabbing():
             raise CameraLost("the camera was removed or stopped grabbing")
+        if not self._camera.NumQueuedBuffers.GetValue():
+            raise CameraLost("somebody keeps all of the driver's buffers")
         self._camera.Width.GetValue(True)  # verify: reads the device, not the cache
 
     def close(self) -> None:
@@ -465,7 +471,8 @@ class _Lent:
 
     def __init__(self, result: Any, pixel_format: PixelFormat) -> None:
         self._result = result
-        self.__array_interface__ = np.frombuffer(result.GetMemoryView(), pixel_format.dtype).__array_interface__
+        view = result.GetImageMemoryView()  # without chunk data, which may follow
+        self.__array_interface__ = np.frombuffer(view, pixel_format.dtype).__array_interface__
 
 
 _FIRES = {"software": Fires.WHEN_READY, "command": Fires.ON_COMMAND}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from traceback import TracebackException
 
 import numpy as np
 
@@ -164,7 +165,9 @@ class Inspector:
 def _failed(error: Exception) -> Inspection:
     if isinstance(error, FormatMismatch):
         return Inspection(Outcome.INVALID, Reason.FORMAT, str(error))
-    return Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=error)
+    # Lines of code are read for the log only, after the verdict.
+    told = TracebackException.from_exception(error, lookup_lines=False)
+    return Inspection(Outcome.INVALID, Reason.ENGINE, f"{type(error).__name__}: {error}", error=told)
 
 
 def judge(score: float, threshold: float) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from traceback import TracebackException
 
 from pipeline.scoring import FloatMap, Region
 
@@ -50,5 +51,6 @@ class Inspection:
     regions: list[Region] = field(default_factory=list)
     preprocess_ns: int = 0
     infer_ns: int = 0
-    error: Exception | None = None
-    """The exception behind INVALID/engine, for the log."""
+    error: TracebackException | None = None
+    """What failed behind INVALID/engine, for the log. Not the exception, whose frames hold the image: it would stay
+    with the camera's buffer that it lies in."""

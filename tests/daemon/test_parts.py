@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -22,7 +23,7 @@ from daemon.health import Health
 from daemon.messages import frame_message, map_bytes, rfc3339
 from daemon.ring import FrameRing
 from daemon.sequence import SequenceFile, StateError
-from daemon.supervision import Failures, Worker
+from daemon.supervision import Failures, Worker, let_go_of_frames
 from daemon.tally import STAGES, Tally, summarise
 from drivers.frame import Frame, FrameStatus, PixelFormat
 from pipeline.engines import frame_memory
@@ -376,6 +377,33 @@ def test_a_workers_failure_is_kept_and_wakes_the_supervisor():
     assert attention.wait(60)
     worker.join()
     assert str(worker.failure) == "broken"
+
+
+def test_a_failure_that_was_said_keeps_nothing_of_its_thread():
+    class Engine:
+        """Large, on a device."""
+
+    def work():
+        engine = Engine()
+        engines.append(weakref.ref(engine))
+        try:
+            raise ValueError("the device is lost")
+        except ValueError as error:
+            raise RuntimeError("three in a row") from error
+
+    engines = []
+    gc.disable()
+    try:
+        worker = Worker("engine", work, lambda: None)
+        worker.start()
+        worker.join(60)
+        failure = worker.failure
+        assert engines[0]() is not None
+        let_go_of_frames(failure)
+        assert engines[0]() is None
+        assert str(failure.__cause__) == "the device is lost"
+    finally:
+        gc.enable()
 
 
 def test_an_abandoned_generation_ends_without_a_failure():

@@ -12,7 +12,7 @@ import pytest
 from drivers.camera import CameraError, CameraLost, DriverMissing, EndOfStream, Fires
 from drivers.counter import BlockIdCounter
 from drivers.frame import FrameStatus, PixelFormat
-from drivers.pylon import _LENT_BUFFERS, Arrivals, PylonCamera, PylonOptions
+from drivers.pylon import _LENT_BUFFERS, Arrivals, PylonCamera, PylonOptions, _Lent
 from drivers.pylon_output import PassLine, PassOutput
 
 pytest.importorskip("pypylon", reason="pypylon is not installed: pip install 'inspectord[pylon]'")
@@ -484,3 +484,25 @@ def test_an_inverted_line_is_refused_unless_it_is_wired_so(opened):
     with pytest.raises(CameraError, match=r"inverts Line2.*LineInverter: false"):
         PassLine(timed, PassOutput(), inverter_configured=False)
     PassLine(timed, PassOutput(), inverter_configured=True)
+
+
+@pytest.mark.parametrize(
+    ("features", "configured"),
+    [
+        ({}, False),
+        ({"LineSelector": "Line3", "LineInverter": True}, False),  # a strobe's
+        ({"LineInverter": True}, False),
+        ({"LineSelector": "Line2", "LineInverter": True}, True),
+    ],
+)
+def test_the_inverter_of_another_line_says_nothing_of_the_pass_output(features, configured):
+    options = PylonOptions(driver="pylon", pass_output=PassOutput(line="Line2"), features=features)
+    assert options.inverter_configured is configured
+
+
+def test_chunk_data_behind_the_image_is_no_part_of_it():
+    payload = np.arange(20, dtype=np.uint8)
+    result = SimpleNamespace(
+        GetMemoryView=lambda: memoryview(payload), GetImageMemoryView=lambda: memoryview(payload)[:12]
+    )
+    assert np.asarray(_Lent(result, PixelFormat.MONO8)).tolist() == list(range(12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import itertools
 import json
 import resource
@@ -19,7 +20,7 @@ import zmq
 from daemon import acquisition
 from daemon.addresses import JournalConfig, PublishConfig
 from daemon.client import Control
-from daemon.config import StationConfig, SupervisionConfig, VerdictConfig
+from daemon.config import StationConfig, SupervisionConfig, VerdictConfig, load_config
 from daemon.faults import Fault
 from daemon.journal import Query, read_journal
 from daemon.publishing import Publishing
@@ -246,6 +247,94 @@ def test_a_fault_with_another_frame_begun_loses_none_and_doubles_none(tiny_bundl
     else:  # the one that hung, the one begun after it, and those that waited
         assert 2 <= len(engine) <= 1 + config.frame_slots(on_cuda=False)
         assert engine == list(range(engine[0], engine[0] + len(engine)))
+
+
+def test_an_engine_that_is_built_anew_does_not_stay_beside_its_successors(tiny_bundle, tmp_path):
+    engines, most_alive = [], []
+
+    class Failing(CpuEngine):
+        def begin(self, image, fmt):
+            if len(engines) < 5 and image.any():
+                raise RuntimeError("an illegal memory access was encountered")
+            return super().begin(image, fmt)
+
+    def make(_config, bundle):
+        engine = Failing(bundle.model, 1)
+        engines.append(weakref.ref(engine))
+        most_alive.append(sum(one() is not None for one in engines))
+        return EngineChoice(engine, "test")
+
+    camera = SyntheticOptions(width=96, height=96, frames=30)
+    config = configured("anew", tiny_bundle, tmp_path, camera=camera, on_overload="wait")
+    gc.disable()  # it seldom runs in a daemon, which makes no rubbish
+    try:
+        heard, summary = run_and_listen(Station(config, engine_for=make), *config.publish.verdicts)
+    finally:
+        gc.enable()
+    assert summary.totals.seen == 30
+    assert sum(v["reason"] == "engine" for v in heard["verdict"]) >= 12, "three in a row, four times"
+    assert len(engines) == 5
+    assert max(most_alive) == 1
+
+
+def test_a_part_of_another_camera_opens_no_gate_of_this_one(tiny_bundle, tmp_path):
+    second, verdicts = threading.Event(), threading.Semaphore(0)
+
+    class Gate(SyntheticCamera):
+        signals_pass = True
+
+        def open(self):
+            if self.is_second:
+                second.set()
+            return super().open()
+
+        def signal_pass(self, until_ns):
+            pulses.append(self.is_second)
+
+    class Waiting(CpuEngine):
+        def begin(self, image, fmt):
+            if image.any():
+                verdicts.release()
+                if made[0] is not self:  # that of the reload, which has parts of the first camera before it
+                    assert second.wait(60)
+            return super().begin(image, fmt)
+
+    def camera_for(settings):
+        camera = Gate(settings.camera)
+        camera.is_second = settings.camera.first_index > 0
+        return camera
+
+    def engine_for(_config, bundle):
+        made.append(Waiting(bundle.model, 1))
+        return EngineChoice(made[-1], "test")
+
+    made, pulses = [], []
+    publish = {"verdicts": f"tcp://127.0.0.1:{free_port()}"}
+    camera = {"driver": "synthetic", "width": 96, "height": 96, "rate_fps": 500}
+    plain = {"station": "gates", "model": str(tiny_bundle), "threshold": 1e9, "publish": publish}
+    plain |= {"on_overload": "invalid", "verdict": {"deadline_ms": 60_000}}
+    path = tmp_path / "gates.yaml"
+    path.write_text(json.dumps({**plain, "camera": camera, "state_dir": str(tmp_path)}))
+    config = load_config(path)
+    station = Station(config, config_path=path, camera_for=camera_for, engine_for=engine_for)
+
+    def change():
+        for _ in range(5):
+            assert verdicts.acquire(timeout=60)
+        camera.update(first_index=100_000, frames=20, rate_fps=20)
+        path.write_text(json.dumps({**plain, "camera": camera, "state_dir": str(tmp_path)}))
+        station.reload()
+
+    changing = threading.Thread(target=change, daemon=True)
+    changing.start()
+    heard, _ = run_and_listen(station, *config.publish.verdicts)
+    changing.join(60)
+    first = {v["sequence"] for v in heard["verdict"] if int(v["source"].rsplit("/")[-1]) < 100_000}
+    why = "the camera that took it is not the present one"
+    refused = {e["sequence"] for e in heard["event"] if e["data"].get("error") == why}
+    assert refused
+    assert refused <= first
+    assert True in pulses, "those of the second have theirs"
 
 
 def test_rejects_in_a_row_raise_an_alarm(line):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import itertools
 import threading
 
 import pytest
@@ -9,7 +11,8 @@ from daemon.addresses import PublishConfig
 from daemon.config import PlausibleConfig, StationConfig
 from daemon.station import Station
 from drivers.pylon import PylonCamera, PylonOptions
-from pipeline.engine_cpu import cpu_precisions
+from pipeline.engine_cpu import CpuEngine, cpu_precisions
+from pipeline.engines import EngineChoice
 from tests.system.line import free_port
 from tests.system.test_commands import inspectord
 
@@ -159,6 +162,34 @@ def test_only_ok_parts_get_a_pass_pulse(tiny_bundle, tmp_path, threshold):
     missed = station.events.counts().get("camera", 0)  # the stream's end may close the camera before the last pulse
     assert len(pulses) + missed == summary.totals.ok
     assert (len(pulses) > 0) == (threshold > 0)
+
+
+def test_an_engine_that_fails_now_and_then_does_not_keep_the_cameras_buffers(tiny_bundle, tmp_path):
+    judged = itertools.count(1)
+
+    class Faulty(CpuEngine):
+        def begin(self, image, fmt):
+            if image.any() and next(judged) % 4 == 0:  # never three in a row, which would build it anew
+                raise RuntimeError("now and then")
+            return super().begin(image, fmt)
+
+    config = StationConfig(
+        station="now-and-then",
+        camera=PylonOptions(**{**EMULATED, "frames": 100}),
+        model=tiny_bundle,
+        publish=PublishConfig(verdicts=[f"tcp://127.0.0.1:{free_port()}"]),
+        plausible=PlausibleConfig(frozen_frames=0),
+        on_overload="wait",
+        state_dir=tmp_path,
+    )
+    station = Station(config, engine_for=lambda _config, bundle: EngineChoice(Faulty(bundle.model, 1), "test"))
+    gc.disable()  # it seldom runs in a daemon, which makes no rubbish
+    try:
+        summary = station.run()
+    finally:
+        gc.enable()
+    assert (summary.totals.seen, summary.totals.invalid) == (100, 25)
+    assert "camera" not in station.events.counts(), "it was never opened anew"
 
 
 def test_check_judges_the_frame_after_the_camera_is_closed(tmp_path, tiny_bundle):

@@ -52,6 +52,7 @@ def test_systemd_hears_ready_watchdog_and_stopping(line, notify_socket):
     bench.process.terminate()
     states_until(heard, "STOPPING=1")
     assert bench.finish()[0] == 0
+    assert "raise WatchdogSec or lower hang_s" in bench.read_log()  # 0.8 s here, and hang_s is 15
 
 
 def test_an_idle_line_is_healthy(line, notify_socket):
