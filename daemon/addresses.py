@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from daemon.yaml_errors import ConfigError, Document, describe_problems, read_yaml
 
+_LONGEST_PATH = 107
+"""Bytes in the name of a socket of this machine."""
+
 
 def _check_endpoint(endpoint: str) -> str:
     tcp = re.fullmatch(r"tcp://(\*|[\w.\-]+|\[[0-9a-fA-F:.]+\]):(\d+)", endpoint)
     if tcp and 0 < int(tcp.group(2)) < 65536:
         return endpoint
-    if re.fullmatch(r"ipc://.+", endpoint) and len(endpoint) <= 107 + len("ipc://"):
+    if re.fullmatch(r"ipc://.+", endpoint) and len(os.fsencode(endpoint)) <= _LONGEST_PATH + len("ipc://"):
         return endpoint
     raise ValueError(
         f"{endpoint!r} is not an endpoint; write tcp://127.0.0.1:5550 or ipc:///run/inspectord/line1/verdicts.sock"
@@ -52,14 +56,6 @@ class PublishConfig(Section):
     verdicts: Endpoints = ["tcp://127.0.0.1:5550"]
     maps: Endpoints | None = None
     replay: Endpoints | None = Field(default=None, description="None: replay.sock in the runtime folder")
-
-    @model_validator(mode="after")
-    def _each_once(self) -> Self:
-        endpoints = [*self.verdicts, *(self.maps or []), *(self.replay or [])]
-        for endpoint in endpoints:
-            if endpoints.count(endpoint) > 1:
-                raise ValueError(f"{endpoint} is given twice; each endpoint serves one socket")
-        return self
 
 
 class JournalConfig(Section):
@@ -97,6 +93,18 @@ class Addresses(BaseModel):
     journal: Annotated[JournalConfig | Literal[False], BeforeValidator(on_as_default)] = JournalConfig()
     control: ControlConfig = ControlConfig()
     security: SecurityConfig = SecurityConfig()
+
+    @model_validator(mode="after")
+    def _each_endpoint_once(self) -> Self:
+        publish = self.publish
+        given = [*publish.verdicts, *(publish.maps or []), *(publish.replay or []), *(self.control.endpoints or [])]
+        for one, other in itertools.combinations(given, 2):
+            if one == other:
+                raise ValueError(f"{one} is given twice; each endpoint serves one socket")
+            port = one.rpartition(":")[2]
+            if f"tcp://*:{port}" in (one, other) and other.endswith(f":{port}") and "[" not in one + other:
+                raise ValueError(f"{one} and {other} meet (* is every address); give each a port of its own")
+        return self
 
     def runtime_folder(self) -> Path:
         """Return the folder of this station's own sockets."""

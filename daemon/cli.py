@@ -31,7 +31,7 @@ cli_line.register(app)
 cli_keys.register(app)
 
 StateDirOption = Annotated[
-    Path | None, typer.Option(help="folder that keeps the sequence number, instead of the configured one")
+    Path | None, typer.Option(help="instead of the configured state_dir: numbers, journal, images, ipc sockets")
 ]
 
 

@@ -153,19 +153,23 @@ def stop(context: typer.Context, config: OptionalConfig = None) -> None:
     _ask(context, config, "stop")
 
 
+_LARGEST = 2**63 - 1
+"""Of an integer in SQLite."""
+
+
 def _moment_ns(text: str, option: str) -> int:
     """Read a time: RFC 3339, or so long ago (90s, 15m, 8h, 2d)."""
     ago = re.fullmatch(r"(\d+)([smhd])", text)
-    if ago:
-        unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[ago.group(2)]
-        moment = datetime.now().astimezone() - timedelta(**{unit: int(ago.group(1))})
-    else:
-        try:
+    try:
+        if ago:
+            unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[ago.group(2)]
+            moment = datetime.now().astimezone() - timedelta(**{unit: int(ago.group(1))})
+        else:
             moment = datetime.fromisoformat(text).astimezone()
-        except ValueError:
-            what = f"{text!r} is neither a time such as 2026-01-31T06:00 nor an age such as 8h"
-            raise typer.BadParameter(what, param_hint=option) from None
-    return int(moment.timestamp() * 1e9)
+        return max(-_LARGEST, min(int(moment.timestamp() * 1e9), _LARGEST))
+    except (OverflowError, ValueError):
+        what = f"{text!r} is neither a time such as 2026-01-31T06:00 nor an age such as 8h"
+        raise typer.BadParameter(what, param_hint=option) from None
 
 
 def verdicts(
@@ -174,8 +178,8 @@ def verdicts(
     until: Annotated[str | None, typer.Option(help="the same")] = None,
     verdict: Annotated[str | None, typer.Option(help="OK, NG or INVALID")] = None,
     reason: Annotated[str | None, typer.Option(help="only INVALID for this reason")] = None,
-    first: Annotated[int, typer.Option(min=0, help="from this sequence number on")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="at most so many")] = None,
+    first: Annotated[int, typer.Option(min=0, max=_LARGEST, help="from this sequence number on")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, max=_LARGEST, help="at most so many")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated, with a header")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one verdict a line, as published")] = False,
 ) -> None:

@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,8 +122,10 @@ class Subscription:
             start: a sequence number, "last" (the newest verdict at once, then what follows), or "live".
             keys: where the daemon asks for them.
 
-        Raises RequestFailed when an endpoint makes no sense.
+        Raises RequestFailed when an endpoint makes no sense, and ValueError when `start` does not.
         """
+        if isinstance(start, int) and start < 1:
+            raise ValueError(f"start is {start}; numbers begin with 1")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._verdict_topic = f"verdict/{station}/".encode()
         self._health_topic = f"health/{station}/".encode()
@@ -218,27 +220,27 @@ class Subscription:
         if self._next is None:
             self._next = verdicts[0]["sequence"] if verdicts else reply["next"]
         self._ahead.update((verdict["sequence"], verdict) for verdict in verdicts)
-        for first, last in reply["missing"]:
-            if last >= self._next:
-                self.missing.append((max(first, self._next), last))
-        self._deliver(skip=reply["missing"])
+        self._deliver(gone=reply["missing"])
         self._request = (self._request[0], time.monotonic()) if reply["more"] else None
         if self._request is None and self._ahead:
             self._ask_once()
 
-    def _deliver(self, skip: list[list[int]] | None = None) -> None:
-        """Hand out what follows without a gap."""
-        gone = {number: last for first, last in skip or () for number in (first,)}
+    def _deliver(self, gone: Sequence[tuple[int, int]] = ()) -> None:
+        """Hand out what follows without a gap, or with one that is said to stay: `gone`, first and last numbers."""
         while self._next is not None:
-            verdict = self._ahead.pop(self._next, None)
+            wanted = self._next
+            verdict = self._ahead.pop(wanted, None)
             if verdict is not None:
                 self._ready.append(verdict)
                 self._boots.add(verdict["boot"])
                 self._next += 1
-            elif self._next in gone:
-                self._next = gone[self._next] + 1
-            else:
+                continue
+            end = next((last for first, last in gone if first <= wanted <= last), None)
+            if end is None:
                 break
+            # The daemon may have lost what we were sent, in a restart without a journal.
+            self._next = min((number for number in self._ahead if wanted < number <= end), default=end + 1)
+            self.missing.append((wanted, self._next - 1))
         if self._next is not None:
             self._ahead = {number: verdict for number, verdict in self._ahead.items() if number >= self._next}
 

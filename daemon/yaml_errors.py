@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 Location = tuple[int | str, ...]
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+_OTHER_BASE = re.compile(r"[-+]?0[0-7_]+|.*:.*")
 
 
 class ConfigError(Exception):
@@ -81,6 +84,11 @@ def _collect(node: yaml.Node, at: Location, lines: dict[Location, int], problems
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             _collect(value, (*at, index), lines, problems, path)
+    elif isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and _OTHER_BASE.fullmatch(node.value):
+        problems.append(
+            f"{path}:{node.start_mark.line + 1}: {_dotted(at)}: YAML takes {node.value} for a number in base 8 or "
+            "60; write it without leading zeros and colons, or in quotes where it is text"
+        )
 
 
 def describe_problems(document: Document, model: type[BaseModel], error: ValidationError) -> str:

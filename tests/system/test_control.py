@@ -6,9 +6,11 @@ import os
 import random
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import cv2
@@ -304,6 +306,35 @@ def test_what_nobody_has_any_more_is_said_not_waited_for(line):
     bench.stop()
 
 
+def test_what_was_received_is_handed_out_though_the_daemon_has_lost_it():
+    """As after a restart without a journal: the answer comes from one that knows nothing of the past."""
+    context = zmq.Context()
+    live, replay = context.socket(zmq.XPUB), context.socket(zmq.ROUTER)
+    endpoints = [f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}" for socket in (live, replay)]
+    with Subscription(*endpoints, "lost", start=5) as subscription:
+        for _ in range(2):
+            assert live.poll(60_000)
+            live.recv()
+        while not replay.poll(0):  # it asks once it is connected
+            assert subscription.next_verdict(0) is None
+        client, body = replay.recv_multipart()
+        assert json.loads(body)["replay"] == {"from": 5}
+        for number in (7, 8, 11):
+            verdict = {"sequence": number, "boot": "first"}
+            live.send_multipart([b"verdict/lost/", json.dumps(verdict).encode()])
+        while len(subscription._ahead) < 3:
+            assert subscription.next_verdict(0) is None
+        head = {"id": json.loads(body)["id"], "ok": True, "verdicts": 0, "more": False, "next": 10}
+        replay.send_multipart([client, json.dumps({**head, "missing": [[5, 9]]}).encode()])
+        assert [subscription.next_verdict(60)["sequence"] for _ in range(2)] == [7, 8]
+        assert subscription.missing == [(5, 6), (9, 9)]
+        client, body = replay.recv_multipart()
+        assert json.loads(body)["replay"] == {"from": 10}, "the eleventh waits for the tenth"
+    context.destroy(linger=0)
+    with pytest.raises(ValueError, match="start is 0; numbers begin with 1"):
+        Subscription(*endpoints, "lost", start=0)
+
+
 def test_verdicts_are_read_from_the_journal_while_the_daemon_runs(line):
     bench = line({**SYNTHETIC, "rate_fps": 50}, journal={"wait_ms": 10_000}).start()
     bench.receive_until(lambda: len(bench.verdicts) >= 20)
@@ -315,7 +346,11 @@ def test_verdicts_are_read_from_the_journal_while_the_daemon_runs(line):
     assert header.startswith("sequence,time,verdict,reason,score")
     wanted = [v["sequence"] for v in bench.verdicts if v["verdict"] == "NG"]
     assert [int(row.split(",")[0]) for row in rows][: len(wanted)] == wanted
-    assert cli("verdicts", "-c", bench.path, "--since", "yesterday").returncode == 2
+    for long_ago in ("yesterday", "800000d"):
+        assert cli("verdicts", "-c", bench.path, "--since", long_ago).returncode == 2
+    assert cli("verdicts", "-c", bench.path, "--first", 2**70).returncode == 2
+    done = cli("verdicts", "-c", bench.path, "--until", "9999-12-31", "--limit", 1)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
     bench.stop()
     assert len(cli("verdicts", "-c", bench.path).stdout.splitlines()) == len(bench.verdicts)
 
@@ -329,10 +364,15 @@ def test_kept_images_are_judged_again(line, tiny_bundle):
     assert "12 images: 0 would change, 0 cannot be read" in done.stdout
     done = cli("replay-images", images, "--model", tiny_bundle, "--threshold", "1000")
     assert done.stdout.count("CHANGED") == 12
-    stem = sorted(images.rglob("*.png"))[0]
-    stem.write_bytes(stem.read_bytes()[:200])
+    cut, huge, empty = sorted(images.rglob("*.png"))[:3]
+    cut.write_bytes(cut.read_bytes()[:200])
+    picture = bytearray(huge.read_bytes())
+    picture[16:24] = struct.pack(">II", 100_000, 100_000)
+    picture[29:33] = struct.pack(">I", zlib.crc32(picture[12:29]))
+    huge.write_bytes(picture)
+    empty.write_bytes(b"")
     done = cli("replay-images", images, "--model", tiny_bundle)
-    assert (done.returncode, "1 cannot be read" in done.stdout) == (1, True)
+    assert (done.returncode, "3 cannot be read" in done.stdout) == (1, True), done.stderr
 
 
 def reloaded(bench, **changes):
