@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,12 +32,14 @@ from pipeline.engine import CalibratedEngine, Pending, Precision
 from pipeline.engines import frame_memory
 from pipeline.folded import Filters, fold
 from pipeline.geometry import Geometry
-from pipeline.machine import describe_machine
+from pipeline.machine import describe_machine, usable_cores
 from pipeline.networks import EfficientAD, weights_of
 from pipeline.preprocess import PreprocessSpec
 
 _ROUNDS = 10
 _WARM_UP = 3
+_AT_LEAST = 3
+"""Runs in each turn, after one that finds the caches as the others left them."""
 _LIMIT_CHANNELS, _LIMIT_SIDE_PX, _LIMIT_LAYERS = 512, 64, 6
 _LIMIT_TRIES = 10
 _SATURATED_AT_LEAST = 12
@@ -121,14 +124,15 @@ def bench_engine(
         rates: list[list[float]] = [[] for _ in sides]
         for turn in range(_ROUNDS):
             for index, ask in enumerate(asking):
-                count = max(1, round(seconds * 1000 / _ROUNDS / once_ms[index]))
+                count = max(_AT_LEAST, round(seconds * 1000 / _ROUNDS / once_ms[index]))
                 latest[index] = ask(count)
                 times[index] += latest[index].took_ms
                 if (rate := latest[index].saturated_fps) is not None:
                     rates[index].append(rate)
             on_round(turn + 1, _ROUNDS)
     device = "cuda" if any(side.engine == "cuda" for side in sides) else "cpu"
-    gmac_per_s = _machine_limits(sides[0].threads) if limits and device == "cpu" else {}
+    threads = sides[0].threads or usable_cores()
+    gmac_per_s = _machine_limits(threads) if limits and device == "cpu" else {}
     medians = [statistics.median(took) for took in times]
     base = {side.size: medians[index] for index, side in enumerate(sides) if side.engine == "reference"}
     results = []
@@ -159,7 +163,7 @@ def bench_engine(
             }
         )
     machine = describe_machine(device)
-    facts = {"engine_threads": sides[0].threads or machine["cores"], "gmac_per_s": gmac_per_s}
+    facts = {"engine_threads": threads, "gmac_per_s": gmac_per_s}
     return {"machine": {**machine, **facts}, "results": results}
 
 
@@ -216,6 +220,7 @@ def _serve(connection: Connection, description: dict[str, Any]) -> None:
 
 def _time(timed: _Timed, count: int) -> Answer:
     took_ms = []
+    timed.once()
     for _ in range(count):
         began_ns = time.perf_counter_ns()
         timed.once()
@@ -239,11 +244,14 @@ def _peak_mib() -> float:
 
 def _make_side(side: Side) -> _Timed:
     """Build a side; returns what is timed."""
+    threads = side.threads or usable_cores()  # left to themselves, libraries count differently
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
     networks = random_networks(side.size, side.geometry)
     g = side.geometry
     image = np.random.default_rng(0).normal(0, 1, (3, g.image_height, g.image_width)).astype(np.float32)
     if side.engine == "reference":
-        reference = Reference(networks, side.reference_device, side.threads)
+        reference = Reference(networks, side.reference_device)
         return _Timed(lambda: reference(image), None)
     model = Model(side.size, g, PreprocessSpec(g.image_width, g.image_height), weights_of(networks))
     engine: CalibratedEngine
@@ -259,7 +267,7 @@ def _make_side(side: Side) -> _Timed:
             # What they are makes no difference to speed, and looking would take memory that is not the engine's.
             names = convolution_names(fold(side.size, g, model.weights))
             model = replace(model, ranges=dict.fromkeys(names, 1.0))
-        engine = CpuEngine(model, side.threads, side.precision)
+        engine = CpuEngine(model, threads, side.precision)
     if side.frame is None:
         return _Timed(lambda: engine.infer(image), None)
     fmt, frame = side.frame.pixel_format, _noise(side.frame, side.engine)
@@ -304,9 +312,7 @@ class Reference:
     Written out, so that it stays what it is when our own networks get faster.
     """
 
-    def __init__(self, networks: EfficientAD, device: str, threads: int | None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, networks: EfficientAD, device: str) -> None:
         self._networks, self._device = networks.to(device), device
 
     @torch.no_grad()
@@ -368,7 +374,7 @@ def _computed_gigamacs(side: Side) -> float:
     return total / 1e9
 
 
-def _machine_limits(threads: int | None) -> dict[str, float]:
+def _machine_limits(threads: int) -> dict[str, float]:
     """Measure 10⁹ multiply-accumulates a second of large 3×3 convolutions in a row, at each precision."""
     import openvino as ov
     from openvino import opset13 as op

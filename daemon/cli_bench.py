@@ -275,21 +275,26 @@ def soak(
     model: ModelOption = None,
     seed: Annotated[int, typer.Option(help="of the order of the faults")] = 0,
     pause_s: Annotated[float, typer.Option(min=0, help="mean pause between two faults")] = 1.0,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="a fault to leave out, such as 'kill -9', to see what memory does; repeatable"),
+    ] = None,
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
     """Run a station on the simulated line, inject every fault there is, and count what a subscriber missed."""
-    from daemon.soak import SoakFailed, SoakLine
+    from daemon.soak import FAULTS, SoakFailed, SoakLine
     from daemon.soak import soak as run_soak
 
     if minutes is None and frames is None:
         minutes = 2.0
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         files = Files.checked(json_file, plot)
+        left_out = [one_of(name, "--without", *FAULTS) for name in without or ()]
         line = SoakLine(Path(folder) / "line", model or _quick_model(Path(folder), 64))
         failed: SoakFailed | None = None
         try:
-            for name, so_far in run_soak(line, minutes, frames, seed, pause_s):
+            for name, so_far in run_soak(line, minutes, frames, seed, pause_s, left_out):
                 took_ms = so_far.recovery_ms[name][-1]
                 typer.echo(f"{so_far.last_sequence:>9}  {name:<26} judged again after {took_ms:8.0f} ms")
         except SoakFailed as error:

@@ -59,8 +59,6 @@ class FrameRing:
         self._lends = 0
         self._borrowing: set[Slot] = set()
         self._to_return: list[Image] = []
-        self._abandoned: list[Image] = []
-        """Never returned: that could hang as the driver does."""
 
     def lease(self, timeout_s: float) -> Slot | None:
         """Take a free slot, waiting up to `timeout_s`; None when all stay taken."""
@@ -112,13 +110,13 @@ class FrameRing:
             returned, self._to_return = self._to_return, []
         returned.clear()  # outside the lock: this may call the driver
 
-    def abandon_loans(self) -> None:
-        """Keep for ever what a driver lent that does not answer."""
+    def abandon_loans(self) -> list[Image]:
+        """Return what a driver lent that does not answer: to let go of it could hang as the driver does."""
         with self._changed:
             for slot in list(self._borrowing):
                 self._end_loan(slot)
-            self._abandoned += self._to_return
-            self._to_return = []
+            abandoned, self._to_return = self._to_return, []
+            return abandoned
 
     @property
     def free_slots(self) -> int:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,11 @@ import yaml
 import zmq
 
 from daemon.client import Control, RequestFailed, Subscription, Verdict
+from daemon.events import EventKind
 from daemon.faults import Fault, Faults
+from daemon.journal import Query, read_journal
 from daemon.ports import free_ports
+from daemon.sequence import SequenceFile
 from pipeline.machine import describe_machine
 
 _HANG_S = 1.0
@@ -61,6 +64,12 @@ class SoakResult:
     unjournaled: int = 0
     late: Counter[str] = field(default_factory=Counter)
     """Verdicts that went out after their deadline, by their own `latency_us.total`, and the fault before them."""
+    disordered: int = 0
+    """Verdicts that were sent after one with a higher number."""
+    ended: list[str] = field(default_factory=list)
+    """How the process ended where nobody had killed it, and the fault before that."""
+    invariants: int = 0
+    """Events that say of the daemon's own arithmetic that it does not hold."""
     boots: set[str] = field(default_factory=set)
     duration_s: float = 0.0
     rss_mib: list[float] = field(default_factory=list)
@@ -101,6 +110,9 @@ class SoakResult:
             "reasons": dict(self.reasons),
             "unjournaled": self.unjournaled,
             "late": dict(self.late),
+            "disordered": self.disordered,
+            "ended": self.ended,
+            "invariants": self.invariants,
             "boots": len(self.boots),
             "longest_process": self.longest,
         }
@@ -124,7 +136,14 @@ class SoakLine:
         self.orders.mkdir(parents=True, exist_ok=True)
         self.faults = Faults(self.orders, _HANG_S)
         verdicts, maps, replay = (f"tcp://127.0.0.1:{port}" for port in free_ports(3))
-        line = {"driver": "synthetic", "width": 96, "height": 96, "seed": 3, "rate_fps": _RATE_FPS}
+        line = {
+            "driver": "synthetic",
+            "width": 96,
+            "height": 96,
+            "seed": 3,
+            "rate_fps": _RATE_FPS,
+            "first_index": 0,
+        }
         self.config: dict[str, Any] = {
             "station": _STATION,
             "camera": camera or {**line, "faults": {"incomplete": 0.01, "lost": 0.01, "unplugged": 0.002}},
@@ -152,7 +171,11 @@ class SoakLine:
         self._raw.setsockopt(zmq.RECONNECT_IVL, 20)
         self._raw.connect(verdicts)
         self._raw.subscribe(b"verdict/")
+        self._raw.subscribe(b"event/")
         self._sent: set[int] = set()
+        self._highest = 0
+        self._received: dict[int, tuple[str, str | None]] = {}
+        """Verdict and reason of each number."""
         self.result = SoakResult()
         self._expected = 1
         self.after = "start"
@@ -166,6 +189,9 @@ class SoakLine:
     def start(self) -> None:
         """Start the process; its log is appended to `daemon.log`."""
         self.result.next_process()
+        if "first_index" in self.config["camera"]:  # its own faults follow from the index: others than before
+            self.config["camera"]["first_index"] = self.result.last_sequence
+            self.write()
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "daemon.faults", "-c", str(self.path), str(self.orders)],
@@ -183,7 +209,7 @@ class SoakLine:
     def receive(self, timeout_s: float) -> Verdict | None:
         """Take the next verdict and hold it against the promise."""
         verdict = self.subscription.next_verdict(timeout_s)
-        self._count_doubles()
+        self._take_raw()
         if verdict is None:
             return None
         result, sequence = self.result, verdict["sequence"]
@@ -191,6 +217,7 @@ class SoakLine:
         result.lost += max(0, sequence - self._expected)
         self._expected = max(self._expected, sequence + 1)
         result.last_sequence = sequence
+        self._received[sequence] = verdict["verdict"], verdict["reason"]
         result.verdicts[verdict["verdict"]] += 1
         if verdict["reason"] is not None:
             result.reasons[verdict["reason"]] += 1
@@ -200,17 +227,25 @@ class SoakLine:
         result.boots.add(verdict["boot"])
         return verdict
 
-    def _count_doubles(self) -> None:
+    def _take_raw(self) -> None:
         while self._raw.poll(0):
-            sequence = json.loads(self._raw.recv_multipart()[1])["sequence"]
+            topic, body, *_ = self._raw.recv_multipart()
+            message = json.loads(body)
+            if topic.startswith(b"event/"):
+                self.result.invariants += message["event"] == EventKind.INVARIANT.value
+                continue
+            sequence = message["sequence"]
             self.result.double += sequence in self._sent
+            self.result.disordered += sequence < self._highest
             self._sent.add(sequence)
+            self._highest = max(self._highest, sequence)
 
     def receive_until(self, condition: Callable[[Verdict], bool], within_s: float = _RECOVERED_WITHIN_S) -> Verdict:
         """Receive until a verdict meets a condition; a process that ended is started again, as systemd would."""
         deadline_s = time.monotonic() + within_s
         while time.monotonic() < deadline_s:
-            if self.process is not None and self.process.poll() is not None:
+            if self.process is not None and (code := self.process.poll()) is not None:
+                self.result.ended.append(f"{code} after {self.after}")
                 self.start()
             verdict = self.receive(0.2)
             if verdict is not None and condition(verdict):
@@ -237,7 +272,23 @@ class SoakLine:
             pass
         if self.process.poll() is None:
             raise SoakFailed("the station did not end after SIGTERM")
+        if self.process.returncode:
+            raise SoakFailed(f"the station ended with {self.process.returncode} after SIGTERM")
         self.result.duration_s = time.monotonic() - self._began_s
+        self._check_books()
+
+    def _check_books(self) -> None:
+        """Hold what was received against the journal, and against the numbers that were given out."""
+        written = {}
+        for sequence, body in read_journal(self.journal, Query()):
+            verdict = json.loads(body)
+            written[sequence] = verdict["verdict"], verdict["reason"]
+        if written != self._received:
+            differ = sorted(n for n in written.keys() | self._received if written.get(n) != self._received.get(n))
+            raise SoakFailed(f"journal and subscriber differ in {len(differ)} numbers, the first is {differ[0]}")
+        with SequenceFile(self.journal.parent, lambda _error: None) as sequences:
+            if left := sequences.without_verdict():
+                raise SoakFailed(f"{len(left)} numbers have no verdict, the first is {left[0]}")
 
     def close(self) -> None:
         """Kill what still runs and disconnect."""
@@ -248,6 +299,10 @@ class SoakLine:
             self.process.wait()
         self.subscription.close()
         self._context.destroy(linger=0)
+
+
+def _order(fault: Fault, line: SoakLine) -> None:
+    line.faults.order(fault)
 
 
 def _kill_9(line: SoakLine) -> None:
@@ -265,10 +320,7 @@ def _stall(line: SoakLine) -> None:
 
 def _slow_disk(line: SoakLine) -> None:
     """Hold SQLite's write lock, as a disk that does not answer would."""
-    with (
-        contextlib.suppress(sqlite3.OperationalError),
-        contextlib.closing(sqlite3.connect(line.journal, timeout=0.1, isolation_level=None)) as connection,
-    ):
+    with contextlib.closing(sqlite3.connect(line.journal, timeout=5, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         _receive_for(line, _SLOW_DISK_S)
         connection.execute("ROLLBACK")
@@ -318,47 +370,68 @@ def _garbage(line: SoakLine) -> None:
     context.term()
 
 
-def _reload(line: SoakLine, threshold: float | None, model: str | None, *, good: bool) -> None:
-    changes: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
-    line.write(**changes, **({} if model is None else {"model": model}))
-    try:
-        with Control(line.control_endpoint) as control:
-            control.request("reload", timeout_s=30)
-        refused = False
-    except RequestFailed:
-        refused = True
+def _good_reload(line: SoakLine) -> None:
+    """Take another threshold each time."""
+    threshold = 0.5 + line.result.last_sequence % 1000 / 1000
+    line.write(threshold=threshold)
+    _ask_to_reload(line)
     line.write()
-    if refused == good:
-        raise SoakFailed(f"a {'good' if good else 'bad'} reload was {'refused' if refused else 'taken'}")
+    line.receive_until(lambda verdict: verdict["threshold"] == threshold)
+
+
+def _bad_reload(line: SoakLine) -> None:
+    missing = line.folder / "no-bundle"
+    line.write(model=str(missing))
+    try:
+        _ask_to_reload(line)
+    except RequestFailed as error:
+        if str(missing) not in str(error):
+            raise SoakFailed(f"a bad reload was refused, but for another reason: {error}") from error
+    else:
+        raise SoakFailed("a bad reload was taken")
+    finally:
+        line.write()
+
+
+def _ask_to_reload(line: SoakLine) -> None:
+    with Control(line.control_endpoint) as control:
+        control.request("reload", timeout_s=30)
+
+
+_INJECTED: dict[str, Callable[[SoakLine], None]] = {
+    **{fault.value: partial(_order, fault) for fault in Fault},
+    "kill -9": _kill_9,
+    "process stalls": _stall,
+    "slow disk": _slow_disk,
+    "full disk": _full_disk,
+    "stalled subscriber": _stalled_subscriber,
+    "garbage on every socket": _garbage,
+    "good reload": _good_reload,
+    "bad reload": _bad_reload,
+}
+FAULTS = tuple(_INJECTED)
 
 
 def injections(line: SoakLine) -> dict[str, Callable[[], None]]:
     """Name everything that can be done to a line."""
-    found: dict[str, Callable[[], None]] = {}
-    for fault in Fault:
-        found[fault.value] = partial(line.faults.order, fault)
-    found |= {
-        "kill -9": lambda: _kill_9(line),
-        "process stalls": lambda: _stall(line),
-        "slow disk": lambda: _slow_disk(line),
-        "full disk": lambda: _full_disk(line),
-        "stalled subscriber": lambda: _stalled_subscriber(line),
-        "garbage on every socket": lambda: _garbage(line),
-        "good reload": lambda: _reload(line, 0.5, None, good=True),
-        "bad reload": lambda: _reload(line, None, "/no/such/bundle", good=False),
-    }
-    return found
+    return {name: partial(inject, line) for name, inject in _INJECTED.items()}
 
 
 def soak(
-    line: SoakLine, minutes: float | None, frames: int | None, seed: int, pause_s: float
+    line: SoakLine,
+    minutes: float | None,
+    frames: int | None,
+    seed: int,
+    pause_s: float,
+    without: Collection[str] = (),
 ) -> Iterator[tuple[str, SoakResult]]:
     """Inject faults until the time or the frames are over; yields each fault's name when it is over.
 
-    Raises SoakFailed when a number is lost or doubled, or when the station does not recover.
+    Raises SoakFailed when a number is lost, doubled or out of order, when the process ends by itself or does not
+    recover, and when journal and subscriber differ.
     """
     generator = random.Random(seed)
-    todo = injections(line)
+    todo = {name: inject for name, inject in injections(line).items() if name not in without}
     line.start()
     line.receive_until(_judged, _STARTS_WITHIN_S)
     line.look()
@@ -388,8 +461,13 @@ def soak(
 
 
 def _check(result: SoakResult, after: str) -> None:
-    if result.lost or result.double:
-        raise SoakFailed(f"{result.lost} verdicts lost and {result.double} doubled after {after}")
+    if result.lost or result.double or result.disordered:
+        broken = f"{result.lost} verdicts lost, {result.double} doubled and {result.disordered} out of order"
+        raise SoakFailed(f"{broken} after {after}")
+    if result.ended:
+        raise SoakFailed(f"the process ended by itself: {', '.join(result.ended)}")
+    if result.invariants:
+        raise SoakFailed(f"the daemon's own arithmetic does not hold after {after}")
 
 
 def _judged(verdict: Verdict, after: int = 0) -> bool:

@@ -387,7 +387,7 @@ class Station:
             told = "systemd's watchdog comes before a hung call is given up: raise WatchdogSec or lower hang_s"
             self._log.warning(told, hang_s=hang_s, watchdog_s=watchdog_s)
         period_s = min(_HEALTH_PERIOD_S, hang_s / 4, *([watchdog_s / 4] if watchdog_s else []))
-        health_due_s, watch_due_s, probe, last_moved = 0.0, 0.0, 0, -1
+        health_due_s, watch_due_s, probe, last_moved = 0.0, 0.0, 0, (-1, 0)
         while not self._ledger.over or self._workers["publisher"].is_alive():
             with contextlib.suppress(queue.Empty):
                 self._attention.get(timeout=self._nap_s(period_s))
@@ -410,10 +410,11 @@ class Station:
                 self._outbox.put("health", self.health_message())
             if now_s >= watch_due_s:
                 watch_due_s = now_s + period_s / 2
-                moved = self.tally.totals().last_sequence
+                moved = self.tally.totals().last_sequence, self._restarts.total()
                 # Work that moved, or an idle probe that came all the way through: both prove every thread alive.
+                # A thread that was given up, or an engine in the making, has limits of its own.
                 arrived = self._publishing.probe_seen == probe
-                if moved != last_moved or arrived:
+                if moved != last_moved or arrived or self._judging.building.under_way:
                     self._notifier.send("WATCHDOG=1")
                     last_moved = moved
                 if arrived:  # one probe at a time: they must not fill the channel of an engine that hangs
@@ -507,8 +508,9 @@ class Station:
     def _abandon_acquisition(self, why: str = _NO_ANSWER) -> None:
         """Take the present generation's right to number; a trigger without a frame gets its verdict."""
         self._ledger.revoke(self._acquisition.ticket)
-        if self._workers["acquisition"].is_alive():
-            self._ring.abandon_loans()
+        grabber = self._workers["acquisition"]
+        if grabber.is_alive():
+            grabber.holds += self._ring.abandon_loans()
         entry = self._acquisition.waiting_entry
         if entry is not None:
             self._ledger.settle(entry, Inspection(Outcome.INVALID, Reason.CAMERA, why))

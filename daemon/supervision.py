@@ -68,6 +68,11 @@ class Call:
         finally:
             self._since_s = None
 
+    @property
+    def under_way(self) -> bool:
+        """Tell whether the worker is inside the call."""
+        return self._since_s is not None
+
     def hangs(self, limit_s: float) -> bool:
         """Tell whether the present call has taken longer than `limit_s`."""
         since_s = self._since_s
@@ -99,6 +104,8 @@ class Worker(threading.Thread):
         self._work = work
         self._on_end = on_end
         self.failure: BaseException | None = None
+        self.holds: list[object] = []
+        """What only this thread may let go of, which it does at its end: it may hang as its call does."""
 
     def run(self) -> None:
         """Do the work; the supervisor reads `failure` afterwards."""
@@ -109,4 +116,5 @@ class Worker(threading.Thread):
         except BaseException as error:  # noqa: BLE001 - handed to the supervisor, which restarts or ends
             self.failure = error
         finally:
+            self.holds.clear()
             self._on_end()

@@ -11,6 +11,8 @@ class Pacer:
     def __init__(self, rate_fps: float | None) -> None:
         self._period_s = 1.0 / rate_fps if rate_fps else 0.0
         self._due_s: float | None = None
+        self.was_due_ns: int | None = None
+        """When that was due which `wait` said last (`time.monotonic_ns`); None without a rate."""
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until the next frame is due, `timeout_s` at most; return whether it is due."""
@@ -25,5 +27,6 @@ class Pacer:
             return False
         if wait_s > 0:
             time.sleep(wait_s)
+        self.was_due_ns = int(self._due_s * 1e9)
         self._due_s = max(self._due_s + self._period_s, time.monotonic() - self._period_s)
         return True

@@ -313,10 +313,16 @@ def test_a_driver_that_does_not_answer_gets_nothing_back():
         memory.append(driver_memory)
     del frame
     ring.give_back(slots[0])
-    ring.abandon_loans()
+    let_go = threading.Event()
+    grabber = Worker("acquisition", lambda: let_go.wait(60), lambda: None)
+    grabber.start()
+    grabber.holds += ring.abandon_loans()
     ring.give_back(slots[1])
     ring.return_loans()
     assert all(one() is not None for one in memory)
+    let_go.set()  # it answers after all
+    grabber.join(60)
+    assert all(one() is None for one in memory)
     frame, driver_memory = lent(2)
     ring.keep(ring.lease(0), frame)
     assert frame.image is driver_memory(), "the next camera lends as many"

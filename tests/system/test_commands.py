@@ -24,7 +24,7 @@ def inspectord(*arguments, **options):
         capture_output=True,
         text=True,
         check=False,
-        timeout=900,
+        timeout=500,
         **options,
     )
 

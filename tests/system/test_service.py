@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 
@@ -131,6 +132,29 @@ def test_a_stuck_engine_stops_the_watchdog(tiny_bundle, tmp_path, notify_socket,
     station.stop()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_what_is_given_up_and_begun_anew_is_no_reason_to_kill_the_process(
+    tiny_bundle, tmp_path, notify_socket, monkeypatch
+):
+    """Five hangs in a row end it in good order; the watchdog must not come before."""
+    from daemon.config import SupervisionConfig
+    from daemon.station import Station, StationFailed
+    from tests.system.test_faults import DeafCamera, configured
+
+    class Deaf(DeafCamera):
+        opened: ClassVar[list[object]] = []
+
+    heard, address = notify_socket
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    config = configured("deaf", tiny_bundle, tmp_path, supervision=SupervisionConfig(hang_s=0.3))
+    with pytest.raises(StationFailed, match="5 times without work in between"):
+        Station(config, camera_for=lambda _settings: Deaf()).run()
+    for camera in Deaf.opened:
+        camera.let_go.set()
+    seen = states_until(heard, "STOPPING=1")
+    assert seen.count("WATCHDOG=1") >= 4, "one for each that was begun anew"
 
 
 @pytest.fixture
