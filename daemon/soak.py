@@ -275,9 +275,9 @@ class SoakLine:
         if self.process.returncode:
             raise SoakFailed(f"the station ended with {self.process.returncode} after SIGTERM")
         self.result.duration_s = time.monotonic() - self._began_s
-        self._check_books()
+        self.check_books()
 
-    def _check_books(self) -> None:
+    def check_books(self) -> None:
         """Hold what was received against the journal, and against the numbers that were given out."""
         written = {}
         for sequence, body in read_journal(self.journal, Query()):
@@ -453,14 +453,15 @@ def soak(
         result.recovery_ms.setdefault(name, []).append((time.monotonic() - ordered_s) * 1000)
         if line.process is not None and line.process.poll() is None:
             line.look()
-        _check(result, name)
+        check_promise(result, name)
         yield name, result
     line.stop()
-    _check(result, "the end")
+    check_promise(result, "the end")
     result.duration_s = time.monotonic() - began_s
 
 
-def _check(result: SoakResult, after: str) -> None:
+def check_promise(result: SoakResult, after: str) -> None:
+    """Raise SoakFailed where what a subscriber saw so far is not what was promised."""
     if result.lost or result.double or result.disordered:
         broken = f"{result.lost} verdicts lost, {result.double} doubled and {result.disordered} out of order"
         raise SoakFailed(f"{broken} after {after}")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import socket
 import sqlite3
@@ -514,31 +513,6 @@ def test_rights_hold_for_each_key_and_revoking_ends_connections(keyed):
             assert again.next_verdict(1) is None
     bench.process.terminate()
     assert bench.process.wait(60) == 0
-
-
-def test_a_subscriber_that_stops_reading_costs_bounded_memory_and_nothing_else(line):
-    bench = line({**SYNTHETIC, "rate_fps": 200}, threads=1).start()
-    stop = threading.Event()
-    with zmq.Context() as context, context.socket(zmq.SUB) as stalled:
-        stalled.setsockopt(zmq.LINGER, 0)
-        stalled.setsockopt(zmq.RCVHWM, 1)
-        stalled.setsockopt(zmq.RCVBUF, 1024)
-        for endpoint in (bench.verdict_endpoint, bench.map_endpoint):
-            stalled.connect(endpoint)
-        stalled.subscribe(b"")
-        bench.receive_until(lambda: len(bench.verdicts) >= 50)
-        rss = resident_mib(bench.process.pid)
-        bench.receive_until(lambda: len(bench.verdicts) >= 400)
-        grown = resident_mib(bench.process.pid) - rss
-    stop.set()
-    bench.stop()
-    assert bench.sequences() == list(range(1, len(bench.verdicts) + 1))
-    assert grown < 60, "verdicts are kept up to a limit, maps are dropped"
-
-
-def resident_mib(pid):
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_maps_and_verdicts_of_the_same_number_belong_together(line):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import itertools
 import json
+import os
 import resource
+import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,13 +23,14 @@ import zmq
 
 from daemon import acquisition
 from daemon.addresses import JournalConfig, PublishConfig
+from daemon.bench_line import NullEngine
 from daemon.client import Control
 from daemon.config import StationConfig, SupervisionConfig, VerdictConfig, load_config
 from daemon.faults import Fault
 from daemon.journal import Query, read_journal
 from daemon.publishing import Publishing
 from daemon.ring import FrameRing
-from daemon.soak import SoakLine, injections
+from daemon.soak import SoakFailed, SoakLine, check_promise, injections
 from daemon.soak import soak as run_soak
 from daemon.station import Station, StationFailed
 from drivers.camera import CameraInfo, CameraLost, Fires
@@ -108,6 +113,23 @@ def test_twenty_kills_at_random_moments(faulty, rng):
     assert_kept(line)
     assert len(line.result.boots) == 21
     assert line.result.reasons["restart"] > 0
+
+
+def test_the_soak_sees_a_process_that_ends_by_itself_and_books_that_differ(faulty):
+    line = faulty()
+    line.start()
+    line.receive_until(judged)
+    os.kill(line.pid, signal.SIGKILL)  # by nobody's order
+    line.process.wait()
+    line.receive_until(judged)
+    with pytest.raises(SoakFailed, match="the process ended by itself: -9 after start"):
+        check_promise(line.result, "the end")
+    line.stop()
+    with contextlib.closing(sqlite3.connect(line.journal)) as connection:
+        connection.execute("DELETE FROM verdicts WHERE sequence = 3")
+        connection.commit()
+    with pytest.raises(SoakFailed, match="differ in 1 numbers, the first is 3"):
+        line.check_books()
 
 
 _LONG_S = 5.0
@@ -324,6 +346,43 @@ def test_a_part_of_another_camera_opens_no_gate_of_this_one(tiny_bundle, tmp_pat
     assert refused <= first
     ok_of_second = sum(v["verdict"] == "OK" and v["sequence"] not in first for v in heard["verdict"])
     assert 0 < pulses.count(True) <= ok_of_second, "those of the second have theirs"
+
+
+def test_a_subscriber_that_does_not_read_loses_what_exceeds_its_queue_and_nobody_else_does(
+    tiny_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("daemon.publishing._VERDICT_HIGH_WATER_MARK", 500)
+    publish = PublishConfig(verdicts=[f"ipc://{tmp_path}/v.sock"])  # whose own memory holds a few hundred
+    camera = SyntheticOptions(width=96, height=96, rate_fps=1000)
+    config = configured(
+        "stalled", tiny_bundle, tmp_path, camera=camera, on_overload="wait", publish=publish, images=False
+    )
+    station = Station(config, engine_for=lambda _config, bundle: EngineChoice(NullEngine(bundle), "test"))
+    with zmq.Context() as context, context.socket(zmq.SUB) as reader, context.socket(zmq.SUB) as stalled:
+        for socket, queue_size in ((reader, 0), (stalled, 1)):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.RCVHWM, queue_size)
+            socket.setsockopt(zmq.RECONNECT_IVL, 5)
+            socket.connect(*publish.verdicts)
+            socket.subscribe(b"verdict/")
+
+        def numbers(socket):
+            """Read up to the first number beyond 3,000."""
+            while True:
+                assert socket.poll(60_000)
+                number = json.loads(socket.recv_multipart()[1])["sequence"]
+                if number > 3000:
+                    return
+                yield number
+
+        thread = threading.Thread(target=station.run, daemon=True)
+        thread.start()
+        assert list(numbers(reader)) == list(range(1, 3001))
+        kept = list(numbers(stalled))
+        station.stop()
+        thread.join(60)
+    assert kept == list(range(1, len(kept) + 1)), "what came first"
+    assert 500 <= len(kept) < 2500
 
 
 def test_rejects_in_a_row_raise_an_alarm(line):
