@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from calibrate.allocator import keep_freed_memory
 from calibrate.backbone import ResNetFeatures
 from calibrate.device import device_of, resolve_precision
 from calibrate.distill import STATISTICS_BATCHES, distill
@@ -44,6 +43,7 @@ from calibrate.patches import (
 from calibrate.procedural import FIELDS, SHAPES
 from calibrate.teacher import Teacher, fold_into_last, whitening, write_teacher
 from drivers.replay import list_images
+from pipeline.allocator import keep_freed_memory
 from pipeline.architecture import TEACHER_CHANNELS, PdnSize
 from pipeline.bundle import check_result
 from pipeline.geometry import RECEPTIVE_FIELD_PX

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calibrate.allocator import keep_freed_memory
 from calibrate.augment import augment, natural_image, read_natural_image, turn
 from calibrate.convolution import use_winograd
 from calibrate.dataset import GoodImages, ImageCache, PreparedImages
@@ -27,6 +26,7 @@ from calibrate.teacher import (
     whitening,
 )
 from drivers.replay import list_images
+from pipeline.allocator import keep_freed_memory
 from pipeline.architecture import TEACHER_CHANNELS
 from pipeline.bundle import sha256_hex
 from pipeline.geometry import Tile

@@ -274,7 +274,9 @@ def soak(
     frames: Annotated[int | None, typer.Option(min=1, help="or until so many verdicts")] = None,
     model: ModelOption = None,
     seed: Annotated[int, typer.Option(help="of the order of the faults")] = 0,
-    pause_s: Annotated[float, typer.Option(min=0, help="mean pause between two faults")] = 1.0,
+    pause_s: Annotated[
+        float, typer.Option(min=0, help="mean pause, s; eight failures of a thread in a minute end the process")
+    ] = 1.0,
     without: Annotated[
         list[str] | None,
         typer.Option(help="a fault to leave out, such as 'kill -9', to see what memory does; repeatable"),

@@ -44,6 +44,7 @@ from daemon.tally import Summary, Tally, summarise
 from daemon.yaml_errors import ConfigError
 from drivers.camera import Camera, DriverMissing, Fires
 from drivers.catalog import make_camera
+from pipeline.allocator import share_arenas
 from pipeline.bundle import Bundle, BundleError, read_bundle
 from pipeline.engines import EngineChoice, EngineUnavailable, frame_memory
 from pipeline.inspect import Inspector
@@ -141,6 +142,7 @@ class Station:
         Raises BundleError, EngineUnavailable, EndpointError or StateError when the station cannot start, and
         StationFailed when it cannot go on.
         """
+        share_arenas()
         with SequenceFile(self._config.state_folder(), self._tell_of_numbers) as sequences:
             context = zmq.Context()
             try:
