@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -167,19 +168,29 @@ def test_watch_refuses_what_is_no_endpoint():
 TRAIN = ("--image-size", "64x64", "--precision", "fp32", "--held-out", 0.25)
 
 
+@contextlib.contextmanager
+def training(out, command, **streams):
+    """A training that has written its first checkpoint; killed at the end, whatever the test finds."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "daemon.cli", *map(str, command)], cwd=REPOSITORY, text=True, **streams
+    ) as process:
+        try:
+            deadline_s = time.monotonic() + PATIENCE_S
+            while not (out / FILE).exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline_s
+                os.sched_yield()
+            yield process
+        finally:
+            process.kill()
+
+
 def test_training_goes_on_after_kill_9_and_says_so(good_parts, tmp_path):
     out = tmp_path / "model"
     command = ("train", good_parts, "-o", out, "--steps", 40, "--checkpoint-s", 0, *TRAIN)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "daemon.cli", *map(str, command)], cwd=REPOSITORY, stderr=subprocess.DEVNULL
-    )
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not (out / FILE).exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline_s
-        os.sched_yield()
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    with training(out, command, stderr=subprocess.DEVNULL) as process:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     assert not (out / "bundle.json").exists()
     done = inspectord("train", good_parts, "-o", out, "--steps", 40, *TRAIN)
     assert done.returncode == 0, done.stderr
@@ -192,21 +203,11 @@ def test_training_goes_on_after_kill_9_and_says_so(good_parts, tmp_path):
 
 def test_ctrl_c_leaves_a_checkpoint_and_exit_code_130(good_parts, tmp_path):
     out = tmp_path / "model"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "daemon.cli", "train", str(good_parts), "-o", str(out), "--steps", "100000",
-         "--checkpoint-s", "0", *map(str, TRAIN)],
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not (out / FILE).exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline_s
-        os.sched_yield()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130
+    command = ("train", good_parts, "-o", out, "--steps", 100_000, "--checkpoint-s", 0, *TRAIN)
+    with training(out, command, stderr=subprocess.PIPE) as process:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 130
     assert "the same command goes on" in errors
     assert (out / FILE).exists()
 
