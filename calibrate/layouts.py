@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from drivers.replay import list_images, readable
+from drivers.replay import decode_or_none, list_images, readable
 from pipeline.bundle import MANIFEST, is_bundle
 
 GOOD = "good"
@@ -257,9 +257,7 @@ def read_labels(path: Path) -> NDArray[np.uint16]:
     Raises DatasetError.
     """
     try:  # not imread, which dies of a name that is not UTF-8
-        pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        pixels = None
+        pixels = decode_or_none(path.read_bytes())
     except OSError as error:
         raise DatasetError(f"{path.absolute()}: {error.strerror}") from error
     if pixels is None:

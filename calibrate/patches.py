@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from calibrate.augment import LUMA
 from calibrate.layouts import DatasetError
 from calibrate.procedural import MARK_LABELS, PARAMETERS, program_labels, scene
-from drivers.replay import decode_image, list_images
+from drivers.replay import decode_image, decode_or_none, list_images
 from pipeline.geometry import RECEPTIVE_FIELD_PX
 
 SCENE_PX = 49
@@ -191,10 +191,7 @@ def read_labelled(path: Path) -> LabelledPhotographs:
         raise DatasetError(f"{path.absolute()}: not an .npz with jpeg, offsets and labels: {error}") from error
     decoded: list[NDArray[np.uint8]] = []
     for start, end in itertools.pairwise(ends):
-        try:
-            image = cv2.imdecode(jpeg[start:end], cv2.IMREAD_COLOR)
-        except cv2.error:  # of no bytes
-            image = None
+        image = decode_or_none(jpeg[start:end].tobytes(), cv2.IMREAD_COLOR)
         if image is None:
             raise DatasetError(f"{path.absolute()}: image {len(decoded)} cannot be decoded")
         decoded.append(_small(np.asarray(image, np.uint8)))

@@ -9,7 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from daemon.yaml_errors import ConfigError, Document, describe_problems, read_yaml
 
@@ -26,6 +36,16 @@ def _check_endpoint(endpoint: str) -> str:
     raise ValueError(
         f"{endpoint!r} is not an endpoint; write tcp://127.0.0.1:5550 or ipc:///run/inspectord/line1/verdicts.sock"
     )
+
+
+def _check_apart(endpoints: list[str]) -> None:
+    """Refuse endpoints that cannot be bound beside one another. Raises ValueError."""
+    for one, other in itertools.combinations(endpoints, 2):
+        if one == other:
+            raise ValueError(f"{one} is given twice; each endpoint serves one socket")
+        port = one.rpartition(":")[2]
+        if f"tcp://*:{port}" in (one, other) and other.endswith(f":{port}") and "[" not in one + other:
+            raise ValueError(f"{one} and {other} meet (* is every address); give each a port of its own")
 
 
 def _as_list(value: Any) -> Any:
@@ -56,6 +76,15 @@ class PublishConfig(Section):
     verdicts: Endpoints = ["tcp://127.0.0.1:5550"]
     maps: Endpoints | None = None
     replay: Endpoints | None = Field(default=None, description="None: replay.sock in the runtime folder")
+
+    def given(self) -> list[str]:
+        """Return all endpoints that the configuration names here."""
+        return [*self.verdicts, *(self.maps or []), *(self.replay or [])]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        _check_apart(self.given())
+        return self
 
 
 class JournalConfig(Section):
@@ -94,17 +123,12 @@ class Addresses(BaseModel):
     control: ControlConfig = ControlConfig()
     security: SecurityConfig = SecurityConfig()
 
-    @model_validator(mode="after")
-    def _each_endpoint_once(self) -> Self:
-        publish = self.publish
-        given = [*publish.verdicts, *(publish.maps or []), *(publish.replay or []), *(self.control.endpoints or [])]
-        for one, other in itertools.combinations(given, 2):
-            if one == other:
-                raise ValueError(f"{one} is given twice; each endpoint serves one socket")
-            port = one.rpartition(":")[2]
-            if f"tcp://*:{port}" in (one, other) and other.endswith(f":{port}") and "[" not in one + other:
-                raise ValueError(f"{one} and {other} meet (* is every address); give each a port of its own")
-        return self
+    @field_validator("control")
+    @classmethod
+    def _beside_what_is_published(cls, control: ControlConfig, known: ValidationInfo) -> ControlConfig:
+        publish: PublishConfig | None = known.data.get("publish")  # None: something is wrong there
+        _check_apart([*([] if publish is None else publish.given()), *(control.endpoints or [])])
+        return control
 
     def runtime_folder(self) -> Path:
         """Return the folder of this station's own sockets."""

@@ -44,7 +44,9 @@ def engine(
     ] = None,
     pixel_format: Annotated[str | None, typer.Option(help="of that frame, such as Mono8; none: BayerRG8")] = None,
     threads: ThreadsOption = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="for each engine, in ten rounds")] = 10.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="for each engine; at least 3 runs in each of 10 turns")
+    ] = 10.0,
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from drivers.frame import Frame, FrameStatus, Image, PixelFormat
-from drivers.replay import IMAGE_SCHEMA
+from drivers.replay import IMAGE_SCHEMA, decode_or_none
 from pipeline.overlay import to_bgr
 from pipeline.scoring import FloatMap
 
@@ -93,10 +93,7 @@ def read_picture(description: Path) -> tuple[Frame, dict[str, Any] | None]:
     if not isinstance(described, dict) or described.get("schema") != IMAGE_SCHEMA:
         raise ValueError(f"not a description of a kept image ({IMAGE_SCHEMA})")
     path, fmt = description.with_name(described["file"]), PixelFormat(described["pixel_format"])
-    try:
-        decoded = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # of nothing, which a power cut leaves, or of a size that cannot be
-        decoded = None
+    decoded = decode_or_none(path.read_bytes())
     if decoded is None or not fmt.fits(image := cast(Image, decoded)):
         raise ValueError(f"{path.name} is not a whole image in {fmt.value}")
     pixels = cast(Image, np.ascontiguousarray(image[..., ::-1])) if fmt.colour_order == "RGB" else image

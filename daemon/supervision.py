@@ -85,9 +85,8 @@ def let_go_of_frames(error: BaseException) -> None:
     Their frames hold a dead thread's engine or camera, and through the thread the exception itself: such a circle
     stays for long after, for a daemon in its stride makes no rubbish that would have it collected.
     """
-    behind: BaseException | None = error
+    waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
-    waiting = [behind]
     while waiting:
         behind = waiting.pop()
         if behind is not None and id(behind) not in seen:

@@ -9,11 +9,12 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
 from natsort import natsorted, ns
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from drivers.camera import NEW_IMAGES, CameraError, CameraInfo, EndOfStream, Fires, Options
@@ -119,6 +120,17 @@ def decode_contents(contents: bytes) -> Image:
             return image.astype(np.uint16, copy=False)
         raise ValueError("colour images with 16 bits a channel are not supported; convert them to 8 bits")
     raise ValueError(f"samples of type {image.dtype} are not supported; convert to 8 or 16 bits")
+
+
+def decode_or_none(contents: bytes, flags: int = cv2.IMREAD_UNCHANGED) -> NDArray[Any] | None:
+    """Decode an image file's contents with OpenCV's flags, as they are by default; None where they are no image.
+
+    Of nothing, which a power cut leaves, and of a size that cannot be, OpenCV throws an error of its own.
+    """
+    try:
+        return cv2.imdecode(np.frombuffer(contents, np.uint8), flags)
+    except cv2.error:
+        return None
 
 
 def read_image(path: Path, declared: PixelFormat | None = None) -> tuple[Image, PixelFormat]:

@@ -214,10 +214,9 @@ def write_bundle(bundle: Bundle, folder: Path) -> Bundle:
 
 def _left_behind(folder: Path) -> set[str]:
     """Name what writers that were killed have left: files half written, and those under names only we give."""
-    names = {path.name for path in folder.iterdir()}
     return {
         name
-        for name in names
+        for name in (path.name for path in folder.iterdir())
         if (part := _PART.fullmatch(name.removesuffix(_PARTIAL)))
         and (name.endswith(_PARTIAL) or part.lastindex is not None)  # a name with a digest
     }

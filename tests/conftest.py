@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.get_closest_marker("gpu"):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """No circle of objects goes: the collector seldom runs in a daemon, which makes no rubbish."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import json
 import os
 import queue
@@ -385,7 +384,7 @@ def test_a_workers_failure_is_kept_and_wakes_the_supervisor():
     assert str(worker.failure) == "broken"
 
 
-def test_a_failure_that_was_said_keeps_nothing_of_its_thread():
+def test_a_failure_that_was_said_keeps_nothing_of_its_thread(no_collection):
     class Engine:
         """Large, on a device."""
 
@@ -398,18 +397,14 @@ def test_a_failure_that_was_said_keeps_nothing_of_its_thread():
             raise RuntimeError("three in a row") from error
 
     engines = []
-    gc.disable()
-    try:
-        worker = Worker("engine", work, lambda: None)
-        worker.start()
-        worker.join(60)
-        failure = worker.failure
-        assert engines[0]() is not None
-        let_go_of_frames(failure)
-        assert engines[0]() is None
-        assert str(failure.__cause__) == "the device is lost"
-    finally:
-        gc.enable()
+    worker = Worker("engine", work, lambda: None)
+    worker.start()
+    worker.join(60)
+    failure = worker.failure
+    assert engines[0]() is not None
+    let_go_of_frames(failure)
+    assert engines[0]() is None
+    assert str(failure.__cause__) == "the device is lost"
 
 
 def test_an_abandoned_generation_ends_without_a_failure():

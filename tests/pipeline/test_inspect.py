@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import weakref
 from dataclasses import replace
 
@@ -101,7 +100,7 @@ def test_an_exception_in_the_engine_is_invalid_engine_and_the_next_part_is_judge
 
 
 @pytest.mark.parametrize("fails_in", ["begin", "finish"])
-def test_a_failure_keeps_nothing_of_the_frame_which_may_lie_in_a_cameras_buffer(bundle, fails_in):
+def test_a_failure_keeps_nothing_of_the_frame_which_may_lie_in_a_cameras_buffer(bundle, fails_in, no_collection):
     def fail():
         raise RuntimeError("device lost")
 
@@ -113,14 +112,10 @@ def test_a_failure_keeps_nothing_of_the_frame_which_may_lie_in_a_cameras_buffer(
     images = [np.full((64, 64), 100 + i, np.uint8) for i in range(2)]
     frames = [Frame(FrameStatus.COMPLETE, "f", image=i, pixel_format=PixelFormat.MONO8) for i in images]
     kept = weakref.ref(images[0])
-    gc.disable()  # it seldom runs in a daemon, which makes no rubbish
-    try:
-        found = [inspector.inspect(frame) for frame in frames]  # each is compared with the one before it
-        assert [one.reason for one in found] == [Reason.ENGINE] * 2
-        frames.clear(), images.clear()
-        assert kept() is None
-    finally:
-        gc.enable()
+    found = [inspector.inspect(frame) for frame in frames]  # each is compared with the one before it
+    assert [one.reason for one in found] == [Reason.ENGINE] * 2
+    frames.clear(), images.clear()
+    assert kept() is None
 
 
 @pytest.mark.parametrize(
